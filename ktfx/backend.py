@@ -1,0 +1,68 @@
+"""The entry point of ``torch.compile(model, backend="ktfx")``: Dynamo graph in, Program out."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from ktfx.capture import capture
+from ktfx.options import CompileOptions, parse_options
+from ktfx.pass_manager import PassContext, build_pipeline, run_pipeline
+from ktfx.program.build import build_program
+from ktfx.state import GraphReport, _warn, forget_graphs, model_state
+from ktfx.verify import verified
+
+
+def compile_backend(
+    gm: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    *,
+    options: Mapping[str, Any] | None = None,
+    mode: str | None = None,
+    **unknown: Any,
+) -> Callable[..., Any]:
+    """What torch calls. ``options``: see ``CompileOptions``; ``mode`` is accepted from transformers' CompileConfig."""
+    return compile_graph(gm, example_inputs, parse_options({**(options or {}), **unknown}, mode))
+
+
+def compile_graph(
+    gm: fx.GraphModule, example_inputs: Sequence[Any], options: CompileOptions, model: nn.Module | None = None
+) -> Callable[..., Any]:
+    """The way of the data, whole: capture, passes, partitions, program."""
+    start = time.perf_counter()
+    captured = capture(gm, example_inputs, model=model, query_input=options.query_input)
+    state = model_state(captured.model, options, captured.logical)
+    context = PassContext(captured, state.resolution, state.devices, state.logical_name)
+    captured_at = time.perf_counter()
+
+    pipeline = build_pipeline(state.ruleset.passes)
+    records = run_pipeline(pipeline, captured.gm, context, keep_graphs=options.verify or options.keep_graphs)
+    passed_at = time.perf_counter()
+
+    with torch.no_grad():
+        built = build_program(captured.gm, context, state.store, options.partition_backend)
+    _warn(context.warnings)
+    state.graphs.append(
+        GraphReport(
+            phase=captured.phase,
+            phase_reason=captured.phase_reason,
+            records=records,
+            warnings=list(context.warnings),
+            built=built,
+            runs=context.partitioning.runs,
+            seconds={
+                "capture": captured_at - start,
+                "passes": passed_at - captured_at,
+                "compile": time.perf_counter() - passed_at,
+            },
+        )
+    )
+    return verified(built.program, records, context, state.store) if options.verify else built.program
+
+
+# torch._dynamo.reset() calls this attribute.
+compile_backend.reset = forget_graphs  # type: ignore[attr-defined]

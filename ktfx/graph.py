@@ -1,0 +1,179 @@
+"""The normal form's vocabulary: what a node carries, and the one way to add a node.
+
+A graph in normal form is functional pre-dispatch ATen. Every node has ``meta["val"]`` (its fake value) and
+``meta["ktfx"]``, a ``NodeInfo``. Passes read and write these through this file alone, so no node ever lacks them.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import fx
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+INFO = "ktfx"
+TRANSFER = "ktfx.transfer.default"
+
+
+@dataclass(frozen=True)
+class NodeInfo:
+    """What ktfx knows of a node.
+
+    module: dotted path of the innermost module that the node came from, relative to the model; ``""`` is the root.
+    cls: that module's class name.
+    layer: index of the decoder layer it lies in, None outside.
+    device: the device *name* it runs on; None until ``assign_devices`` (and for integers, which live on the host).
+    rule: the label of the rule that applies to its module (``rule 3``), None where none does.
+    out_device: the device name its value is sent to first (a rule's ``out_device``).
+    """
+
+    module: str = ""
+    cls: str = ""
+    layer: int | None = None
+    device: str | None = None
+    rule: str | None = None
+    out_device: str | None = None
+
+
+@dataclass(frozen=True)
+class GraphInput:
+    """One placeholder of the normal form.
+
+    kind: ``parameter`` and ``buffer`` belong to the model and are bound once; ``packed`` is made from parameters by a
+        pass (see ``PackedWeight``); ``input`` comes with every call; ``symint`` is a size.
+    name: dotted parameter name, or the source expression of an input.
+    index: position among the arguments that Dynamo passes; -1 for ``packed``.
+    mutated: the call writes to it (a KV cache).
+    home: the device name where an input's tensor lies (mutations go back there).
+    """
+
+    kind: str
+    name: str
+    index: int
+    mutated: bool = False
+    home: str | None = None
+
+
+def info(node: fx.Node) -> NodeInfo:
+    return node.meta.get(INFO) or NodeInfo()
+
+
+def set_info(node: fx.Node, **changes: Any) -> None:
+    node.meta[INFO] = replace(info(node), **changes)
+
+
+def is_tensor_node(node: fx.Node) -> bool:
+    """True if the node's value is a tensor or a sequence of tensors (False: an integer, or nothing)."""
+    val = node.meta.get("val")
+    if isinstance(val, torch.Tensor):
+        return True
+    return isinstance(val, (tuple, list)) and any(isinstance(v, torch.Tensor) for v in val)
+
+
+def is_size_node(node: fx.Node) -> bool:
+    """True if the node computes a size (SymInt, int, or a bool or float of them)."""
+    return isinstance(node.meta.get("val"), (int, float, bool, torch.SymInt, torch.SymFloat, torch.SymBool))
+
+
+def op_name(node: fx.Node) -> str:
+    """``aten.mul.Tensor``, ``ktfx.routed_experts.default``, ``getitem``: the name a reader knows."""
+    if node.op != "call_function":
+        return node.op
+    return target_name(node.target)
+
+
+def target_name(target: Any) -> str:
+    if target is operator.getitem:
+        return "getitem"
+    if isinstance(target, torch._ops.OpOverload):
+        return str(target)
+    name = getattr(target, "__name__", str(target))
+    return f"{getattr(target, '__module__', '')}.{name}".lstrip(".")
+
+
+def placeholders(graph: fx.Graph) -> list[fx.Node]:
+    return graph.find_nodes(op="placeholder")
+
+
+def output_node(graph: fx.Graph) -> fx.Node:
+    return next(iter(reversed(graph.nodes)))
+
+
+def fake_mode_of(graph: fx.Graph) -> FakeTensorMode | None:
+    for node in graph.nodes:
+        val = node.meta.get("val")
+        if isinstance(val, torch._subclasses.FakeTensor):
+            return val.fake_mode
+    return None
+
+
+def node_args(node: fx.Node) -> Iterator[fx.Node]:
+    """The distinct nodes among the arguments, in order."""
+    yield from node.all_input_nodes
+
+
+def insert_call(
+    graph: fx.Graph,
+    target: Callable[..., Any],
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any] | None = None,
+    *,
+    like: fx.Node,
+    name: str | None = None,
+    **changes: Any,
+) -> fx.Node:
+    """Add a call at the graph's insertion point, run it on fakes, and give it the meta of ``like``.
+
+    like: the node whose module, layer, rule, stack trace and device the new node inherits; ``changes`` override fields
+        of its ``NodeInfo``.
+    """
+    node = graph.create_node("call_function", target, tuple(args), dict(kwargs or {}), name=name)
+    mode = fake_mode_of(graph)
+    fake_args, fake_kwargs = fx.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
+    if mode is not None:
+        with mode:
+            node.meta["val"] = target(*fake_args, **fake_kwargs)
+    else:
+        node.meta["val"] = target(*fake_args, **fake_kwargs)
+    for key in ("stack_trace", "nn_module_stack"):
+        if key in like.meta:
+            node.meta[key] = like.meta[key]
+    node.meta[INFO] = replace(info(like), **changes)
+    return node
+
+
+def insert_placeholder(graph: fx.Graph, name: str, val: torch.Tensor) -> fx.Node:
+    """Add a graph input after the existing ones (a packed weight). Returns the new placeholder."""
+    last = placeholders(graph)[-1] if placeholders(graph) else None
+    point = graph.inserting_after(last) if last is not None else graph.inserting_before(next(iter(graph.nodes)))
+    with point:
+        node = graph.placeholder(name)
+    node.meta["val"] = val
+    node.meta[INFO] = NodeInfo()
+    return node
+
+
+def replace_devices(node: fx.Node, device: torch.device) -> None:
+    """Rewrite every ``device=`` argument of a node to where the node really runs (a trace hard-codes the logical one)."""
+    if "device" in node.kwargs and node.kwargs["device"] is not None:
+        node.kwargs = {**node.kwargs, "device": device}
+    if any(isinstance(a, torch.device) for a in node.args):
+        node.args = tuple(device if isinstance(a, torch.device) else a for a in node.args)
+
+
+def tensor_bytes(val: Any) -> int:
+    """Bytes of a (fake) tensor; symbolic sizes count with their hints, unknown ones as 0."""
+    if not isinstance(val, torch.Tensor):
+        return 0
+    count = val.element_size()
+    for size in val.shape:
+        if isinstance(size, torch.SymInt):
+            hint = size.node.hint
+            count *= int(hint) if hint is not None else 0
+        else:
+            count *= int(size)
+    return count

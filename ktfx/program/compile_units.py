@@ -1,0 +1,77 @@
+"""Units → callables. Equal units are compiled once; Inductor by default, plain FX for debugging."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ktfx.errors import OptionError, PassError
+from ktfx.program.units import UnitGraph
+from ktfx.text import near
+
+UnitFunction = Callable[..., Sequence[Any]]
+
+
+@dataclass
+class CompiledUnit:
+    """A compiled unit and what it cost. nodes: how many nodes were compiled; shared: how many units use it."""
+
+    function: UnitFunction
+    key: str
+    seconds: float
+    nodes: int
+    shared: int = 1
+
+
+def _inductor(unit: UnitGraph) -> UnitFunction:
+    """Inductor, inside Dynamo's tracing context: ``from_example_inputs`` loses symbolic sizes' ranges (torch 2.11, 2.13)."""
+    artifact = torch._inductor.standalone_compile(
+        unit.gm, unit.fakes, dynamic_shapes="from_tracing_context", options={"config_patches": {}}
+    )
+    return artifact.__call__
+
+
+def _eager(unit: UnitGraph) -> UnitFunction:
+    """The unit's own nodes, one after another."""
+    unit.gm.recompile()
+    return unit.gm.forward
+
+
+BACKENDS: dict[str, Callable[[UnitGraph], UnitFunction]] = {"inductor": _inductor, "eager": _eager}
+
+
+def compile_units(
+    units: Sequence[UnitGraph], backend: str, progress: Callable[[int, int], None] | None = None
+) -> list[CompiledUnit]:
+    """A compiled unit for each, equal ones shared. ``progress(done, distinct)`` is called after each compile."""
+    if backend not in BACKENDS:
+        raise OptionError(
+            f"unknown partition_backend {backend!r}{near(backend, BACKENDS)}", expected="one of " + ", ".join(BACKENDS)
+        )
+    compiled: dict[str, CompiledUnit] = {}
+    distinct = len({u.key for u in units})
+    result: list[CompiledUnit] = []
+    for unit in units:
+        found = compiled.get(unit.key)
+        if found is not None:
+            found.shared += 1
+            result.append(found)
+            continue
+        nodes = len(unit.gm.graph.nodes)
+        start = time.perf_counter()
+        try:
+            function = BACKENDS[backend](unit)
+        except Exception as error:
+            raise PassError(
+                f"{backend} could not compile a partition of {nodes} nodes: {type(error).__name__}: {error}",
+                mend="options={'partition_backend': 'eager'} runs it uncompiled",
+            ) from error
+        found = compiled[unit.key] = CompiledUnit(function, unit.key, time.perf_counter() - start, nodes)
+        result.append(found)
+        if progress is not None:
+            progress(len(compiled), distinct)
+    return result

@@ -1,0 +1,144 @@
+"""What ktfx keeps of a model between compiles: its resolved rules, its weights, and the report of each graph."""
+
+from __future__ import annotations
+
+import weakref
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from ktfx.devices import DeviceMap, device_map, written_device
+from ktfx.errors import KtfxWarning
+from ktfx.options import CompileOptions
+from ktfx.pass_manager import PassRecord
+from ktfx.program.build import BuiltProgram
+from ktfx.resolve import Resolution, resolve
+from ktfx.ruleset import Ruleset, load_ruleset
+from ktfx.weights import WeightStore
+
+
+@dataclass
+class GraphReport:
+    """One compiled graph: what the passes did and what came out."""
+
+    phase: str
+    phase_reason: str
+    records: list[PassRecord]
+    warnings: list[str]
+    built: BuiltProgram
+    runs: tuple[str, ...]
+    seconds: dict[str, float]
+
+    def transfers(self) -> list[tuple[str, str, int]]:
+        """(from, to, bytes) of each transfer step."""
+        from ktfx.program.program import Transfer
+
+        return [
+            (s.source_name, s.target_name, s.nbytes) for s in self.built.program.steps if isinstance(s, Transfer)
+        ]
+
+    def partitions(self) -> Counter[str]:
+        """Compile units per device name."""
+        return Counter(u.device for u in self.built.units)
+
+
+@dataclass
+class ModelState:
+    """A model under one set of options."""
+
+    ruleset: Ruleset
+    resolution: Resolution
+    devices: DeviceMap
+    logical_name: str
+    store: WeightStore
+    options: CompileOptions
+    graphs: list[GraphReport] = field(default_factory=list)
+
+
+# Weak: a model that is dropped takes its state along. Keyed by the options, since one model may be compiled twice.
+_STATES: weakref.WeakKeyDictionary[nn.Module, dict[str, ModelState]] = weakref.WeakKeyDictionary()
+
+
+def model_state(model: nn.Module, options: CompileOptions, logical: torch.device) -> ModelState:
+    """The state of a model under these options; resolved and checked at the first request."""
+    states = _STATES.setdefault(model, {})
+    key = f"{options.key}|{logical}"
+    state = states.get(key)
+    if state is None:
+        ruleset = load_ruleset(options.rules if options.rules is not None else _default_rules(model))
+        resolution = resolve(ruleset, model)
+        devices = device_map(ruleset, options.simulate)
+        logical_name = name_of_logical(ruleset, logical)
+        from ktfx.budget import check_budget
+        from ktfx.ops import load_ops
+
+        load_ops()
+        check_budget(model, resolution, devices, options.memory, logical_name)
+        store = WeightStore(model, devices, logical_name)
+        state = states[key] = ModelState(ruleset, resolution, devices, logical_name, store, options)
+        _warn(resolution.warnings)
+    return state
+
+
+def states_of(model: nn.Module) -> list[ModelState]:
+    """Every state of a model, newest last."""
+    return list(_STATES.get(model, {}).values())
+
+
+def forget(model: nn.Module) -> None:
+    """Drop what is kept of a model (its copies of weights with it)."""
+    _STATES.pop(model, None)
+
+
+def forget_graphs() -> None:
+    """Drop the reports of all graphs; ``torch._dynamo.reset()`` calls it."""
+    for states in _STATES.values():
+        for state in states.values():
+            state.graphs.clear()
+
+
+def _default_rules(model: nn.Module) -> str:
+    from ktfx.rules_index import shipped_rules_for
+
+    config = getattr(model, "config", None)
+    model_type = str(getattr(config, "model_type", "") or "")
+    return shipped_rules_for(model_type, torch.cuda.device_count() if torch.cuda.is_available() else 0)
+
+
+def name_of_logical(ruleset: Ruleset, logical: torch.device) -> str:
+    """The device name, as the rules write it, of the device that inputs come from: ``host`` where ``host: cpu`` is declared."""
+    plain = "cpu" if logical.type == "cpu" else f"{logical.type}:{logical.index or 0}"
+    for name in ruleset.devices:
+        if written_device(name, ruleset.devices) == plain:
+            return name
+    return plain
+
+
+def _warn(texts: tuple[str, ...] | list[str]) -> None:
+    import warnings
+
+    for text in texts:
+        warnings.warn(text, KtfxWarning, stacklevel=2)
+
+
+def report_lines(state: ModelState) -> list[dict[str, Any]]:
+    """One dictionary for each compiled graph (``--json``)."""
+    return [
+        {
+            "phase": g.phase,
+            "phase_reason": g.phase_reason,
+            "runs": list(g.runs),
+            "partitions": dict(g.partitions()),
+            "units": len(g.built.units),
+            "distinct_units": len(g.built.distinct),
+            "transfers": [{"from": a, "to": b, "bytes": n} for a, b, n in g.transfers()],
+            "transfer_bytes": sum(n for _, _, n in g.transfers()),
+            "seconds": g.seconds,
+            "warnings": g.warnings,
+            "passes": [{"name": r.name, "seconds": r.seconds, "rewrites": len(r.rewrites)} for r in g.records],
+        }
+        for g in state.graphs
+    ]

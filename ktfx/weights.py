@@ -1,0 +1,248 @@
+"""WeightStore: one physical copy of each weight per device and format, shared by every graph of a model.
+
+The prefill graph, the decode graph and every recompile ask the same store. A weight already where it is wanted is not
+copied; tied parameters (one storage, two names) are one weight.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+
+from ktfx.devices import DeviceMap
+from ktfx.errors import WeightError
+from ktfx.ops.experts import ExpertsSpec, experts_kernel
+from ktfx.placed_tensor import PlacedTensor, physical_of
+
+
+@dataclass(frozen=True)
+class PackedRequest:
+    """Weights of one experts module in a kernel's own layout.
+
+    parts: (part, dotted parameter name) pairs, e.g. (``gate_up``, ``model.layers.0.mlp.experts.gate_up_proj``).
+    """
+
+    kernel: str
+    spec: ExpertsSpec
+    parts: tuple[tuple[str, str], ...]
+
+    @property
+    def format(self) -> str:
+        return f"{self.kernel}:{self.spec.weights}"
+
+
+@dataclass(frozen=True)
+class PackedWeight:
+    """One tensor of a packed request: what a ``packed`` placeholder stands for."""
+
+    request: PackedRequest
+    index: int
+
+
+@dataclass
+class StoredWeight:
+    """A physical copy. ``owned`` is False where it is the model's own tensor."""
+
+    names: tuple[str, ...]
+    device: str
+    format: str
+    tensors: list[torch.Tensor]
+    owned: bool
+    sources: list[tuple[str, int, int]] = field(default_factory=list)
+
+    @property
+    def nbytes(self) -> int:
+        return sum(t.numel() * t.element_size() for t in self.tensors)
+
+
+def version_of(tensor: torch.Tensor) -> int:
+    """The tensor's write counter; 0 where torch keeps none (inference tensors)."""
+    return 0 if tensor.is_inference() else tensor._version
+
+
+class WeightStore:
+    """All physical weights of one model.
+
+    logical_name: the device name where the model's plain parameters lie.
+    """
+
+    def __init__(self, model: nn.Module, devices: DeviceMap, logical_name: str) -> None:
+        self._model = weakref.ref(model)
+        self.devices = devices
+        self.logical_name = logical_name
+        self._entries: dict[tuple[str, str, str], StoredWeight] = {}
+        self._canonical: dict[str, str] = {}
+        self._index_names()
+
+    def reindex(self) -> None:
+        """Learn the parameters' storages anew, after the model's parameters were replaced on purpose."""
+        self._canonical.clear()
+        self._index_names()
+
+    def _index_names(self) -> None:
+        first: dict[tuple[object, ...], str] = {}
+        for name, tensor in _named_tensors(self.model):
+            self._canonical[name] = first.setdefault(_storage_key(tensor), name)
+
+    @property
+    def model(self) -> nn.Module:
+        model = self._model()
+        if model is None:
+            raise WeightError("the model of these weights is gone", mend="keep a reference to the model")
+        return model
+
+    def tensor(self, name: str) -> torch.Tensor:
+        """The model's own parameter or buffer of that dotted name."""
+        path, _, leaf = name.rpartition(".")
+        value = getattr(self.model.get_submodule(path), leaf, None)
+        if not isinstance(value, torch.Tensor):
+            raise WeightError("the model has no such parameter any more", module=name, mend="compile the model again")
+        return value
+
+    def canonical(self, name: str) -> str:
+        return self._canonical.get(name, name)
+
+    def plain(self, name: str, device: str) -> torch.Tensor:
+        """The weight in the model's own dtype on a device name."""
+        key = (self.canonical(name), device, "model")
+        entry = self._entries.get(key)
+        if entry is None:
+            source = self.tensor(name)
+            own = _own_place(source, self.logical_name) == device
+            physical = physical_of(source).detach()
+            tensor = physical if own else _copy_to(physical, self.devices[device], name, device)
+            entry = StoredWeight((key[0],), device, "model", [tensor], owned=not own)
+            entry.sources = [self._stamp(name)]
+            self._entries[key] = entry
+        return entry.tensors[0]
+
+    def packed(self, request: PackedRequest, device: str) -> list[torch.Tensor]:
+        """The weights in a kernel's layout on a device name; packed at the first request."""
+        names = tuple(self.canonical(n) for _, n in request.parts)
+        key = ("|".join(names), device, f"{request.kernel}:{request.spec.encode()}")
+        entry = self._entries.get(key)
+        if entry is None:
+            kernel = experts_kernel(request.kernel)
+            entry = StoredWeight(names, device, request.format, self._pack(kernel.name, request, device), owned=True)
+            entry.sources = [self._stamp(n) for _, n in request.parts]
+            self._entries[key] = entry
+        return entry.tensors
+
+    def _pack(self, kernel: str, request: PackedRequest, device: str) -> list[torch.Tensor]:
+        tensors = {part: physical_of(self.tensor(name)).detach() for part, name in request.parts}
+        return experts_kernel(kernel).pack(request.spec, tensors, self.devices[device])
+
+    def _stamp(self, name: str) -> tuple[str, int, int]:
+        tensor = self.tensor(name)
+        return (name, id(tensor), version_of(tensor))
+
+    def changed(self) -> list[str]:
+        """Names whose parameter was replaced or written to since it was placed."""
+        seen: dict[str, bool] = {}
+        for entry in self._entries.values():
+            for name, identity, version in entry.sources:
+                tensor = self.tensor(name)
+                seen[name] = seen.get(name, False) or id(tensor) != identity or version_of(tensor) != version
+        return [name for name, is_changed in seen.items() if is_changed]
+
+    def refresh(self, names: list[str] | None = None) -> int:
+        """Bring the copies of changed weights up to date, in place, so that bound programs see them.
+
+        names: dotted names to renew; None renews all (``ktfx.refresh``: writes through ``.data`` leave no trace).
+        Returns the number of copies renewed.
+        """
+        wanted = None if names is None else {self.canonical(n) for n in names} | set(names)
+        count = 0
+        for key, entry in self._entries.items():
+            sources = [n for n, _, _ in entry.sources]
+            if wanted is not None and not wanted.intersection(sources) and not wanted.intersection(entry.names):
+                continue
+            if entry.format == "model":
+                source = physical_of(self.tensor(sources[0])).detach()
+                if source is not entry.tensors[0] and source.data_ptr() != entry.tensors[0].data_ptr():
+                    _check_shape(sources[0], source, entry.tensors[0])
+                    entry.tensors[0].copy_(source)
+            else:
+                kernel, _, spec = key[2].partition(":")
+                parts = tuple(zip(_part_names(len(sources)), sources, strict=True))
+                fresh = self._pack(kernel, PackedRequest(kernel, ExpertsSpec.decode(spec), parts), entry.device)
+                for old, new in zip(entry.tensors, fresh, strict=True):
+                    old.copy_(new)
+            entry.sources = [self._stamp(n) for n in sources]
+            count += 1
+        return count
+
+    def entries(self) -> Iterator[StoredWeight]:
+        yield from self._entries.values()
+
+    def bytes_by_device(self) -> dict[str, int]:
+        """Bytes of physical weights per device name (the model's own tensors count where they lie)."""
+        total: dict[str, int] = {}
+        for entry in self._entries.values():
+            total[entry.device] = total.get(entry.device, 0) + entry.nbytes
+        return total
+
+    def duplicates(self) -> list[tuple[str, list[StoredWeight]]]:
+        """Weights with more than one physical copy: (name, its copies)."""
+        by_name: dict[str, list[StoredWeight]] = {}
+        for entry in self._entries.values():
+            for name in entry.names:
+                by_name.setdefault(name, []).append(entry)
+        return [(name, entries) for name, entries in by_name.items() if len(entries) > 1]
+
+
+def _part_names(count: int) -> tuple[str, ...]:
+    return ("gate_up", "down", "gate_up_bias", "down_bias")[:count]
+
+
+def _named_tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    yield from model.named_parameters(remove_duplicate=False)
+    yield from model.named_buffers(remove_duplicate=False)
+
+
+def _storage_key(tensor: torch.Tensor) -> tuple[object, ...]:
+    physical = physical_of(tensor)
+    if physical.device.type == "meta":
+        return (id(tensor),)
+    return (
+        str(physical.device),
+        physical.untyped_storage().data_ptr() or id(tensor),
+        physical.storage_offset(),
+        tuple(physical.shape),
+        physical.stride(),
+        physical.dtype,
+    )
+
+
+def _own_place(tensor: torch.Tensor, logical_name: str) -> str:
+    return tensor.device_name if isinstance(tensor, PlacedTensor) else logical_name
+
+
+def _copy_to(source: torch.Tensor, device: torch.device, name: str, device_name: str) -> torch.Tensor:
+    if source.device.type == "meta":
+        raise WeightError(
+            "the parameter has no data (it is on the meta device)",
+            module=name,
+            mend="load the weights first: ktfx.from_pretrained(path, rules=…), or model.to_empty and load_state_dict",
+        )
+    try:
+        return source.to(device, copy=True)
+    except torch.OutOfMemoryError as error:
+        raise WeightError(
+            f"{device_name} ({device}) has no room for {source.numel() * source.element_size()} bytes more",
+            module=name,
+            mend="place fewer layers there, or the experts of some on the host",
+        ) from error
+
+
+def _check_shape(name: str, new: torch.Tensor, old: torch.Tensor) -> None:
+    if new.shape != old.shape or new.dtype != old.dtype:
+        raise WeightError(
+            f"the parameter became {tuple(new.shape)} {new.dtype}; it was compiled as {tuple(old.shape)} {old.dtype}",
+            module=name,
+            mend="compile the model again",
+        )
