@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from ktfx.errors import Origin, RuleError, WeightError
 from ktfx.formats import parse_format
+from ktfx.ops import load_ops
 from ktfx.ops.experts import experts_kernel_names
 from ktfx.yaml_source import did_you_mean
 
@@ -36,6 +37,8 @@ def op_names() -> list[str]:
 
 def checked_op(name: str, origin: Origin, rule: str | None = None) -> str:
     """``name`` if it is an op. RuleError, with the near name, otherwise."""
+    if name not in op_names():
+        load_ops()  # an installed package may bring the kernel
     known = op_names()
     if name not in known:
         raise RuleError(

@@ -29,7 +29,7 @@ from torch import nn
 
 from ktfx import kt_compat
 from ktfx.devices import is_host, written_device
-from ktfx.errors import PlacementError
+from ktfx.errors import Origin, PlacementError
 from ktfx.op_names import family, fits, roles_for, runs_on_host
 from ktfx.roles import decoder_layers, layer_within, roles_of
 from ktfx.ruleset import PhaseAction, Rule, Ruleset
@@ -71,16 +71,31 @@ class ModulePlacement:
 
 
 @dataclass(frozen=True)
+class Note:
+    """Something about the rules and this model that the user may not have meant. ``code``: one of lint's."""
+
+    code: str
+    message: str
+    origin: Origin
+    rule: str | None = None
+
+    def __str__(self) -> str:
+        return f"{self.origin}: " + (f"{self.rule}: " if self.rule else "") + self.message
+
+
+@dataclass(frozen=True)
 class Resolution:
     """Every module's placement. ``layers_path``: the list that holds the decoder layers.
 
-    transfer_map: the one in force: a KTransformers file's, if its rule matched a module; else empty.
+    warnings: ``notes`` as text. transfer_map: the one in force: a KTransformers file's, if its rule matched a module;
+    else empty.
     """
 
     ruleset: Ruleset
     placements: dict[str, ModulePlacement]
     warnings: tuple[str, ...]
     num_layers: int
+    notes: tuple[Note, ...] = ()
     layers_path: str | None = None
     transfer_map: Mapping[int, str] = field(default_factory=dict)
 
@@ -297,7 +312,7 @@ class _Resolver:
         self.family = kt_compat.family_of_model(model)
         self.ranges = ruleset.layer_ranges(self.num_layers)
         self.placements: dict[str, ModulePlacement] = {}
-        self.warnings: dict[str, None] = {}
+        self.notes: dict[Note, None] = {}
 
     def resolve(self) -> Resolution:
         self.check_layers()
@@ -308,14 +323,15 @@ class _Resolver:
         return Resolution(
             self.ruleset,
             self.placements,
-            tuple(self.warnings),
+            tuple(str(note) for note in self.notes),
             self.num_layers,
+            tuple(self.notes),
             self.layers_path,
             transfer_map,
         )
 
-    def warn(self, text: str) -> None:
-        self.warnings[text] = None
+    def note(self, code: str, message: str, origin: Origin, rule: str | None = None) -> None:
+        self.notes[Note(code, message, origin, rule)] = None
 
     # ---- the file against the model's depth
 
@@ -325,18 +341,25 @@ class _Resolver:
         for entry in self.ranges:
             covered |= set(range(entry.first, min(entry.last, last) + 1))
             if entry.first > last:
-                self.warn(
-                    f"{entry.origin}: layers {entry.first}-{entry.last} do not exist: the model has "
-                    f"{self.num_layers} layers (0-{last}), so nothing goes to {entry.device} by this range"
+                self.note(
+                    "dead-layers",
+                    f"layers {entry.first}-{entry.last} do not exist: the model has {self.num_layers} layers "
+                    f"(0-{last}), so nothing goes to {entry.device} by this range",
+                    entry.origin,
                 )
             elif entry.last > last:
-                self.warn(f"{entry.origin}: layers {entry.first}-{entry.last} reach past the last layer, {last}")
+                self.note(
+                    "layers-past-end",
+                    f"layers {entry.first}-{entry.last} reach past the last layer, {last}",
+                    entry.origin,
+                )
         gaps = sorted(set(range(self.num_layers)) - covered) if self.ranges else []
         if gaps:
-            origin = self.ruleset.layers_origin or self.ruleset.origin
-            self.warn(
-                f"{origin}: `layers:` leaves out {ranges_text(gaps)}: they go to the default device, "
-                f"{self.ruleset.default_device}"
+            self.note(
+                "layer-gap",
+                f"`layers:` leaves out {ranges_text(gaps)}: they go to the default device, "
+                f"{self.ruleset.default_device}",
+                self.ruleset.layers_origin or self.ruleset.origin,
             )
 
     def check_transfer_map(self) -> None:
@@ -360,9 +383,13 @@ class _Resolver:
         placed = {id(p.rule) for p in self.placements.values() if p.rule is not None}
         if any(id(rule) in placed for rule in owners):
             return True
-        self.warn(
-            f"{owners[0].origin}: {owners[0].label} has a transfer_map but matches no module, so the map is not used; "
-            f"match the module that holds the layers ({(self.layers_path or '').rpartition('.')[0] or 'model'!r})"
+        holder = (self.layers_path or "").rpartition(".")[0] or "model"
+        self.note(
+            "transfer-map-unused",
+            "the rule has a transfer_map but places no module, so the map is not used; "
+            f"match the module that holds the layers ({holder!r})",
+            owners[0].origin,
+            owners[0].label,
         )
         return False
 
@@ -448,9 +475,11 @@ class _Resolver:
         if not fits(op, facts.role, isinstance(facts.module, nn.Linear)):
             if rule.replace.fallback != "aten":
                 raise self.wrong_family(rule, str(op), facts)
-            self.warn(
-                f"{rule.origin}: {rule.label}: {op} cannot take {facts.path!r} ({facts.role or 'no role'}); "
-                "it runs as aten, as `fallback: aten` says"
+            self.note(
+                "fallback",
+                f"{op} cannot take {facts.path!r}, which is {_a(facts.role)}: it runs as aten, by `fallback: aten`",
+                rule.origin,
+                rule.label,
             )
             op = "aten"
         if action.device is not None:
@@ -495,14 +524,17 @@ class _Resolver:
     def kt_notes(self, rule: Rule) -> None:
         kwargs = rule.replace.kt_kwargs
         if kwargs.get("n_deferred_experts"):
-            self.warn(f"{rule.origin}: {rule.label}: n_deferred_experts has no effect here; no expert is deferred")
+            self.note("inert", "n_deferred_experts has no effect here: no expert is deferred", rule.origin, rule.label)
         name = str(rule.replace.kt_class).rpartition(".")[2]
         ops = [action.op for action in (rule.replace.prefill, rule.replace.generate) if action.op not in (None, "none")]
         if not ops and name in ("KTransformersLinear", "KTransformersExperts", "KTransformersExpertsV2"):
             implied = "KLinearMarlin (int4)" if name == "KTransformersLinear" else "KExpertsCPU"
-            self.warn(
-                f"{rule.origin}: {rule.label} names no operator; KTransformers would take {implied}, "
-                "ktfx keeps the model's own arithmetic: add generate_op"
+            self.note(
+                "no-operator",
+                f"the rule names no operator; KTransformers would take {implied}, ktfx keeps the model's own "
+                "arithmetic: add generate_op",
+                rule.origin,
+                rule.label,
             )
 
 

@@ -126,10 +126,12 @@ def role_of(path: str, module: nn.Module, parent: nn.Module | None = None) -> st
         return None
     if name.isdigit() and layer_of(path) is not None and _LAYER_PATH.search(path + ".") and _is_last_index(path):
         return "layer"
-    if name in _ATTENTION_NAMES or re.search(r"Attention|Attn|DeltaNet|Mamba\w*Mixer|ShortConv", kind):
+    if re.search(r"Attention|Attn|DeltaNet|Mamba|ShortConv|MLA$", kind):
         return "attention"
     if name in _MLP_NAMES or re.search(r"MLP|FeedForward|FFN|Mlp", kind):
         return "mlp"
+    if name in _ATTENTION_NAMES:
+        return "attention"
     return None
 
 
@@ -183,7 +185,9 @@ def _holds_experts(module: nn.Module, path: str) -> bool:
 def _is_router(name: str, kind: str, module: nn.Module, parent: nn.Module | None) -> bool:
     if isinstance(module, nn.ModuleList | nn.ModuleDict):
         return False
-    if re.search(r"Router|MoEGate|MoeGate|TopKGat|TopkGat|TopKRouter", kind):
+    if re.search(r"Router|(MoE|Moe|TopK|Topk)Gat(e|ing)(?!d)", kind):
+        return True
+    if isinstance(module, nn.Linear) and parent is not None and re.search(r"Router", type(parent).__name__):
         return True
     beside_experts = parent is not None and _holds_experts(parent, "")
     return beside_experts and name in ("gate", "router", "wg", "gating") and any(True for _ in module.parameters())

@@ -46,12 +46,16 @@ DTYPES = ("float32", "float16", "bfloat16", "float64", "float8_e4m3fn", "int64",
 ACTIVATIONS = ("model", "bf16", "int8")
 
 
-def parse_rules(root: Node) -> Ruleset:
-    """The ruleset of a whole file: a mapping is ktfx's dialect, a list KTransformers'."""
+def parse_rules(root: Node, errors: list[RuleError] | None = None) -> Ruleset:
+    """The ruleset of a whole file: a mapping is ktfx's dialect, a list KTransformers'.
+
+    With ``errors`` given, rules that cannot be read are left out and their errors put there, so that lint can report
+    all of them; anything wrong with the file as a whole is raised all the same.
+    """
     if isinstance(root, Items):
-        return _Parser("ktransformers", root.origin).kt_file(root)
+        return _Parser("ktransformers", root.origin, errors).kt_file(root)
     if isinstance(root, Table):
-        return _Parser("ktfx", root.origin).ktfx_file(root)
+        return _Parser("ktfx", root.origin, errors).ktfx_file(root)
     raise RuleError(
         f"the file holds {kind_of(root)}",
         origin=root.origin,
@@ -94,8 +98,9 @@ def parse_layers(node: Node, what: str, rule: str | None = None) -> list[tuple[i
 class _Parser:
     """Reads one file; holds what rules refer to: the device names, and where each was used first."""
 
-    def __init__(self, dialect: str, origin: Origin) -> None:
+    def __init__(self, dialect: str, origin: Origin, errors: list[RuleError] | None) -> None:
         self.dialect = dialect
+        self.errors = errors
         self.file = Origin(origin.file)
         self.devices: dict[str, str] = {}
         self.device_origins: dict[str, Origin] = {}
@@ -107,7 +112,7 @@ class _Parser:
     def kt_file(self, root: Items) -> Ruleset:
         if not root.items:
             raise RuleError("the file holds no rule", origin=root.origin, expected="at least one `- match:` rule")
-        rules = tuple(self.rule(node, number) for number, node in enumerate(root.items, 1))
+        rules = self.rules(root)
         self.device_origins.setdefault(kt_compat.DEFAULT_DEVICE, self.file)
         return self.ruleset(rules, kt_compat.DEFAULT_DEVICE)
 
@@ -125,7 +130,7 @@ class _Parser:
             passes = tuple(self.pass_request(item) for item in items(node, "`passes:`").items)
         rules: tuple[Rule, ...] = ()
         if (node := root.get("rules")) is not None:
-            rules = tuple(self.rule(item, number) for number, item in enumerate(items(node, "`rules:`").items, 1))
+            rules = self.rules(items(node, "`rules:`"))
         found = self.ruleset(rules, default)
         return replace(found, layers=layers, layer_devices=split, layers_origin=layers_origin, passes=passes)
 
@@ -140,6 +145,17 @@ class _Parser:
             device_origins=self.device_origins,
             transfer_origins=self.transfer_origins,
         )
+
+    def rules(self, nodes: Items) -> tuple[Rule, ...]:
+        found: list[Rule] = []
+        for number, node in enumerate(nodes.items, 1):
+            try:
+                found.append(self.rule(node, number))
+            except RuleError as error:
+                if self.errors is None:
+                    raise
+                self.errors.append(error)
+        return tuple(found)
 
     def version(self, root: Table) -> None:
         node = root.get("ktfx")

@@ -11,7 +11,7 @@ from typing import Any
 
 from ktfx.errors import Origin, RuleError
 from ktfx.patterns import Expression
-from ktfx.yaml_source import near, read_file, read_python, read_text
+from ktfx.yaml_source import Node, near, read_file, read_python, read_text
 
 
 @dataclass(frozen=True)
@@ -169,18 +169,21 @@ def load_ruleset(source: str | Path | Mapping[str, Any] | Sequence[Any] | Rulese
     """
     from ktfx.rule_parser import parse_rules
 
-    if isinstance(source, Ruleset):
-        return source
+    return source if isinstance(source, Ruleset) else parse_rules(read_source(source))
+
+
+def read_source(source: str | Path | Mapping[str, Any] | Sequence[Any]) -> Node:
+    """The nodes of what ``load_ruleset`` takes."""
     if not isinstance(source, str | Path):
-        return parse_rules(read_python(source))
+        return read_python(source)
     path = Path(source)
     if path.is_file():
-        return parse_rules(read_file(path))
+        return read_file(path)
     shipped = shipped_rulesets()
     name = str(source).removesuffix(".yaml")
     if name in shipped:
         file = resources.files("ktfx.rules").joinpath(f"{name}.yaml")
-        return parse_rules(read_text(file.read_text(encoding="utf-8"), f"{name}.yaml"))
+        return read_text(file.read_text(encoding="utf-8"), f"{name}.yaml")
     if path.is_dir():
         raise RuleError("a directory is no rule file", origin=Origin(str(path)), mend="name the .yaml file in it")
     meant = near(name, shipped)
