@@ -110,7 +110,7 @@ def _unused_devices(ruleset: Ruleset) -> list[Finding]:
             Finding(
                 "warning",
                 "unused-device",
-                f"the device {name!r} ({ruleset.devices[name]}) is named by no rule, no layer range and not as the default",
+                f"no rule and no layer range names the device {name!r} ({ruleset.devices[name]})",
                 ruleset.origin,
                 mend=f"use {name!r}, or remove it from `devices:`",
             )
@@ -279,19 +279,19 @@ def _useless_rules(ruleset: Ruleset, resolution: Resolution, model: nn.Module) -
 
 def _matches_nothing(rule: Rule, facts: Sequence[ModuleFacts]) -> Finding:
     match = rule.match
+    by_class = replace(rule, match=replace(match, name=None))
     message, mend = "the rule matches no module of this model", "check the name against `ktfx resolve`"
     if match.name is not None:
         named = [f for f in facts if name_matches(match.name, f)]
         if not named:
             message += f": no path matches {match.name!r}"
-            if kt_compat.is_model_class(match.cls or ""):
-                mend = (
-                    "in transformers 5 some modules have moved (rotary embeddings stand at the model): remove the rule"
-                )
         elif match.cls is not None:
             kinds = sorted({type(f.module).__name__ for f in named})
             message += f": the name matches {len(named)}, of class {', '.join(kinds[:4])}, none is a {match.cls}"
             mend = did_you_mean(match.cls.rpartition(".")[2], kinds) or "drop `class:`, or name the model's own class"
+            elsewhere = [f.path for f in facts if rule_matches(by_class, f)]
+            if elsewhere:
+                mend = f"in this model it stands at {elsewhere[0]!r}: name that, or remove the rule"
     elif match.cls is not None:
         kinds = sorted({type(f.module).__name__ for f in facts})
         message += f": none is a {match.cls}"
