@@ -123,7 +123,6 @@ class _Parser:
             self.declare_devices(table(node, "`devices:`"))
         node = root.get("default_device")
         default = self.device(node, "`default_device:`", None) if node is not None else next(iter(self.devices), "cpu")
-        self.device_origins.setdefault(default, self.file)
         layers, split, layers_origin = self.layers(root.get("layers"))
         passes = None
         if (node := root.get("passes")) is not None:
@@ -131,6 +130,7 @@ class _Parser:
         rules: tuple[Rule, ...] = ()
         if (node := root.get("rules")) is not None:
             rules = self.rules(items(node, "`rules:`"))
+        self.device_origins.setdefault(default, self.file)
         found = self.ruleset(rules, default)
         return replace(found, layers=layers, layer_devices=split, layers_origin=layers_origin, passes=passes)
 

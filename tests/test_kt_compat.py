@@ -14,8 +14,8 @@ from ktfx.resolve import Resolution, resolve
 from ktfx.ruleset import load_ruleset, parse_ruleset
 
 DATA = Path(__file__).parent / "data"
-# file → model, and the least number of modules that both trees must have for the comparison to count. What is missing is
-# the rotary embedding of each layer, and Mixtral's block_sparse_moe, which transformers 5 calls mlp.
+# file → model, and how many modules both trees have at least, for the comparison to count. Missing are the rotary
+# embedding of each layer, and Mixtral's block_sparse_moe, which transformers 5 calls mlp.
 CASES = {
     "DeepSeek-V2-Lite-Chat-gpu-cpu": (meta_models.deepseek_v2_lite, 462),
     "DeepSeek-V3-Chat-multi-gpu-marlin": (meta_models.deepseek_v3, 1156),
