@@ -95,11 +95,31 @@ def extract_unit(
 
 
 def on_device(val: Any, device: torch.device, mode: Any) -> Any:
-    """A fake tensor of the same form on another device; sizes are returned as they are."""
-    if not isinstance(val, torch.Tensor) or val.device == device:
+    """A fake of the same form on a device, its sizes written in the symbols that torch settled on.
+
+    When two symbols turn out equal torch replaces one by the other, but a size keeps its old name inside; Inductor binds
+    the old name and uses the new one (torch 2.11, 2.13), so sizes are made afresh.
+    """
+    if isinstance(val, torch.SymInt):
+        return settled(val)
+    if not isinstance(val, torch.Tensor):
+        return val
+    sizes = (*val.shape, *val.stride())
+    if val.device == device and all(isinstance(s, int) for s in sizes):
         return val
     with mode:
-        return torch.empty_strided(val.shape, val.stride(), dtype=val.dtype, device=device)
+        return torch.empty_strided(
+            [settled(s) for s in val.shape], [settled(s) for s in val.stride()], dtype=val.dtype, device=device
+        )
+
+
+def settled(size: Any) -> Any:
+    if not isinstance(size, torch.SymInt):
+        return size
+    node = size.node
+    if node.expr.is_number:
+        return int(node.expr)
+    return node.shape_env.create_symintnode(node.expr, hint=node.hint)
 
 
 def _is_tensor_size(node: fx.Node) -> bool:
