@@ -1,0 +1,103 @@
+"""Chosen (token, expert) pairs sorted by expert, on the device, without a host sync, in the same order every time.
+
+``group_pairs`` gives tiles: each tile is up to BM pairs of one expert. The number of tiles is only known on the device,
+so callers launch the bound ``max_tiles`` and a tile of count 0 returns at once; a CUDA graph replays with any routing.
+Ids outside [0, E) belong to no tile.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from ktfx.triton_kernels.launch import cdiv, pow2
+
+CHUNK = 256  # pairs a program ranks; the ranks inside a chunk cost CHUNK² comparisons
+
+
+@triton.jit
+def _count_kernel(ids_ptr, hist_ptr, S, EP: tl.constexpr, CHUNK: tl.constexpr):
+    s = tl.program_id(0) * CHUNK + tl.arange(0, CHUNK)
+    ids = tl.load(ids_ptr + s, mask=s < S, other=-1).to(tl.int32)
+    e = tl.arange(0, EP)
+    tl.store(hist_ptr + tl.program_id(0) * EP + e, tl.sum((ids[:, None] == e[None, :]).to(tl.int32), 0))
+
+
+@triton.jit
+def _place_kernel(
+    ids_ptr, hist_ptr, order_ptr, tiles_ptr, S, E, chunks, max_tiles,
+    EP: tl.constexpr, BM: tl.constexpr, CHUNK: tl.constexpr, ONE_CHUNK: tl.constexpr,
+):  # fmt: skip
+    chunk = tl.program_id(0)
+    at = tl.arange(0, CHUNK)
+    s = chunk * CHUNK + at
+    ids = tl.load(ids_ptr + s, mask=s < S, other=-1).to(tl.int32)
+    ids = tl.where(ids < E, ids, -1)
+    e = tl.arange(0, EP)
+    chosen = ids[:, None] == e[None, :]
+    if ONE_CHUNK:
+        total = tl.sum(chosen.to(tl.int32), 0)
+        before = tl.zeros((EP,), tl.int32)
+    else:
+        total = tl.zeros((EP,), tl.int32)
+        before = tl.zeros((EP,), tl.int32)
+        for first in range(0, chunks, 16):
+            c = first + tl.arange(0, 16)
+            part = tl.load(hist_ptr + c[:, None] * EP + e[None, :], mask=(c < chunks)[:, None], other=0)
+            total += tl.sum(part, 0)
+            before += tl.sum(tl.where((c < chunk)[:, None], part, 0), 0)
+        total = tl.where(e < E, total, 0)
+    first_pair = tl.cumsum(total, 0) - total
+    tiles_of = (total + BM - 1) // BM
+    tile_end = tl.cumsum(tiles_of, 0)
+    tile_start = tile_end - tiles_of
+
+    rank = tl.sum(((ids[:, None] == ids[None, :]) & (at[None, :] < at[:, None])).to(tl.int32), 1)
+    base = tl.sum(tl.where(chosen, (first_pair + before)[None, :], 0), 1)
+    tl.store(order_ptr + base + rank, s, mask=(s < S) & (ids >= 0))
+
+    for first in range(chunk * 64, max_tiles, chunks * 64):
+        tile = first + tl.arange(0, 64)
+        expert = tl.sum((tile_end[None, :] <= tile[:, None]).to(tl.int32), 1)
+        here = expert[:, None] == e[None, :]
+        skip = (tile - tl.sum(tl.where(here, tile_start[None, :], 0), 1)) * BM
+        left = tl.sum(tl.where(here, total[None, :], 0), 1) - skip
+        start = tl.sum(tl.where(here, first_pair[None, :], 0), 1) + skip
+        count = tl.where(expert < EP, tl.minimum(left, BM), 0)
+        out = tiles_ptr + tile * 3
+        tl.store(out, expert, mask=tile < max_tiles)
+        tl.store(out + 1, start, mask=tile < max_tiles)
+        tl.store(out + 2, count, mask=tile < max_tiles)
+
+
+@dataclass(frozen=True)
+class PairTiles:
+    """order: int32 (S,), pairs t·K + k sorted by expert, stable; tiles: int32 (max_tiles, 3): expert, first, count."""
+
+    order: torch.Tensor
+    tiles: torch.Tensor
+    max_tiles: int
+
+
+def max_tiles(pairs: int, num_experts: int, block: int) -> int:
+    """The most tiles any routing of ``pairs`` can need."""
+    return min(pairs, (pairs + min(num_experts, pairs) * (block - 1)) // block)
+
+
+def group_pairs(ids_TK: torch.Tensor, num_experts: int, block: int) -> PairTiles:
+    """ids_TK: contiguous int32 or int64 (T, K) with at least one element; block: pairs a tile, a power of two."""
+    S, device = ids_TK.numel(), ids_TK.device
+    EP, chunks = pow2(num_experts), cdiv(S, CHUNK)
+    bound = max_tiles(S, num_experts, block)
+    order = torch.empty(S, dtype=torch.int32, device=device)
+    tiles = torch.empty(bound, 3, dtype=torch.int32, device=device)
+    hist = torch.empty(chunks if chunks > 1 else 0, EP, dtype=torch.int32, device=device)
+    if chunks > 1:
+        _count_kernel[(chunks,)](ids_TK, hist, S, EP=EP, CHUNK=CHUNK, num_warps=8)
+    _place_kernel[(chunks,)](
+        ids_TK, hist, order, tiles, S, num_experts, chunks, bound,
+        EP=EP, BM=block, CHUNK=CHUNK, ONE_CHUNK=chunks == 1, num_warps=8,
+    )  # fmt: skip
+    return PairTiles(order, tiles, bound)

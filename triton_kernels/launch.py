@@ -1,0 +1,39 @@
+"""What every launcher needs: is this the interpreter, what can this GPU do, and small integer helpers."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import torch
+import triton
+
+
+def interpreted() -> bool:
+    """True if kernels run in Triton's interpreter (TRITON_INTERPRET=1 when triton was imported), on CPU tensors."""
+    return bool(triton.knobs.runtime.interpret)
+
+
+@lru_cache
+def native_fp8(device: torch.device) -> bool:
+    """Whether the GPU converts float8 e4m3 itself (compute capability 8.9 or later)."""
+    return device.type == "cuda" and not interpreted() and torch.cuda.get_device_capability(device) >= (8, 9)
+
+
+@lru_cache
+def sm_count(device: torch.device) -> int:
+    """Streaming multiprocessors of a GPU; 1 in the interpreter."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+
+
+def cdiv(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+def pow2(n: int) -> int:
+    """The least power of two ≥ n (1 for n ≤ 1)."""
+    return 1 << max(n - 1, 0).bit_length()
+
+
+def bytes_view(t: torch.Tensor) -> torch.Tensor:
+    """float8 storage as uint8, which the interpreter and older GPUs can load."""
+    return t.view(torch.uint8) if t.dtype == torch.float8_e4m3fn else t
