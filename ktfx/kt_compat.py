@@ -50,22 +50,6 @@ BACKENDS: dict[str, str | None] = {
 }
 _MARLIN_BITS = {4: "int4", 8: "int8"}
 
-KWARGS = (
-    "generate_device",
-    "prefill_device",
-    "generate_op",
-    "prefill_op",
-    "out_device",
-    "transfer_map",
-    "backend",
-    "num_bits",
-    "device",
-    "absorb_for_prefill",
-    "per_layer_prefill_intput_threshold",
-    "n_deferred_experts",
-)
-"""The keyword arguments that the files use. The last three change KTransformers' schedule, never a module's place."""
-
 _OPERATOR_MODULES = (
     "linear",
     "experts",

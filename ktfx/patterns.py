@@ -9,18 +9,28 @@ import ast
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+import torch
+
 from ktfx.errors import Origin, RuleError
+from ktfx.yaml_source import did_you_mean, near
 
 MAX_LENGTH = 4000
 MAX_DEPTH = 40
 NAMESPACES = ("aten", "ktfx", "prims")
+
+# What subscripts and a list at the top are read as: ``aten.topk(x, k)[1]``, ``[aten.add(x, r), aten.relu(…)]``.
+GETITEM = "getitem"
+OUTPUTS = "outputs"
 
 LiteralValue = int | float | str | bool | None | tuple["LiteralValue", ...]
 
 
 @dataclass(frozen=True)
 class Call:
-    """An operator applied: ``op`` is ``namespace.name`` or ``namespace.name.overload``."""
+    """An operator applied: ``op`` is ``namespace.name`` or ``namespace.name.overload``.
+
+    ``op`` is ``getitem`` for ``call[i]``, and ``outputs`` for a list of expressions at the top.
+    """
 
     op: str
     args: tuple[Expression, ...]
@@ -72,7 +82,15 @@ def parse_pattern(text: str, origin: Origin | None = None, rule: str | None = No
             expected="operator calls over names, e.g. aten.mul(aten.silu(gate), up)",
             mend="check brackets and commas",
         ) from None
-    found = _Reader(place, rule).read(tree.body, 0)
+    reader = _Reader(place, rule)
+    found: Expression
+    # The bracket that is put around the text makes a bare `a, b` a tuple too; only one with its own brackets is meant.
+    if isinstance(tree.body, ast.List | ast.Tuple) and len(tree.body.elts) > 1 and tree.body.col_offset > 0:
+        found = Call(OUTPUTS, tuple(reader.read(part, 1) for part in tree.body.elts), ())
+        if not all(isinstance(part, Call) for part in found.args):
+            found = Literal(None)
+    else:
+        found = reader.read(tree.body, 0)
     if not isinstance(found, Call):
         raise RuleError(
             "the pattern is no operator call",
@@ -91,7 +109,8 @@ def captures(expression: Expression) -> list[str]:
 
 def operators(expression: Expression) -> list[str]:
     """The operators in an expression, outermost first, each once."""
-    return list(dict.fromkeys(node.op for node in walk(expression) if isinstance(node, Call)))
+    own = (GETITEM, OUTPUTS)
+    return list(dict.fromkeys(node.op for node in walk(expression) if isinstance(node, Call) and node.op not in own))
 
 
 def walk(expression: Expression) -> Iterator[Expression]:
@@ -152,6 +171,16 @@ class _Reader:
             if all(isinstance(part, Literal) for part in parts):
                 return Literal(tuple(part.value for part in parts))  # type: ignore[union-attr]
             return Sequence(parts)
+        if isinstance(node, ast.Subscript):
+            source, index = self.read(node.value, depth + 1), self.read(node.slice, depth + 1)
+            if (
+                isinstance(source, Call)
+                and isinstance(index, Literal)
+                and type(index.value) is int
+                and index.value >= 0
+            ):
+                return Call(GETITEM, (source, index), ())
+            raise self.error(node, "only an operator call can be indexed, by a number", "write aten.topk(x, k)[0]")
         if isinstance(node, ast.Attribute):
             raise self.error(node, f"{ast.unparse(node)!r} is not called", f"write {ast.unparse(node)}(…)")
         if isinstance(node, ast.BinOp | ast.UnaryOp | ast.Compare | ast.BoolOp):
@@ -187,4 +216,15 @@ class _Reader:
             raise self.error(node, f"{name!r} is no operator name", "write namespace.name or namespace.name.overload")
         if any(part.startswith("__") for part in parts):
             raise self.error(node, f"{name!r} is no operator name", "operators have no double underscores")
+        self.check_spelling(node, inner.id, parts[-2])
         return name
+
+    def check_spelling(self, node: ast.expr, namespace: str, op: str) -> None:
+        """Refuse a misspelt namespace or aten operator; operators of other libraries are known only when loaded."""
+        meant = near(namespace, NAMESPACES)
+        if namespace not in NAMESPACES and meant is not None:
+            raise self.error(node, f"no operator namespace {namespace!r}", f"did you mean {meant!r}?")
+        if namespace == "aten" and not hasattr(torch.ops.aten, op):
+            raise self.error(
+                node, f"ATen has no operator {op!r}", did_you_mean(op, [*dir(torch), *dir(torch.nn.functional)])
+            )

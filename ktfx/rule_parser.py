@@ -12,6 +12,7 @@ from ktfx.errors import Origin, RuleError
 from ktfx.op_names import checked_format, checked_op
 from ktfx.patterns import Expression, captures, parse_pattern
 from ktfx.roles import ROLES
+from ktfx.rule_schema import KT_SCHEMA, SCHEMA
 from ktfx.ruleset import LayerRange, Match, PassRequest, PhaseAction, Replace, Rule, Ruleset, Where
 from ktfx.yaml_source import (
     Entry,
@@ -32,15 +33,6 @@ from ktfx.yaml_source import (
 VERSION = 1
 MAX_LAYER = 9999
 PHASES = ("prefill", "generate")
-
-TOP_KEYS = ("ktfx", "devices", "default_device", "layers", "passes", "rules")
-RULE_KEYS = ("match", "replace", "recursive")
-MATCH_KEYS = ("name", "class", "module", "layers", "pattern", "where")
-WHERE_KEYS = ("dtype", "device", "phase", "shapes")
-ACTION_KEYS = ("op", "device", "weights", "group_size")
-REPLACE_KEYS = (*ACTION_KEYS, "out_device", "prefill", "generate", "fallback", "activations", "with", "class", "kwargs")
-KT_MATCH_KEYS = ("name", "class")
-KT_REPLACE_KEYS = ("class", "kwargs")
 
 DTYPES = ("float32", "float16", "bfloat16", "float64", "float8_e4m3fn", "int64", "int32", "int8", "uint8", "bool")
 ACTIVATIONS = ("model", "bf16", "int8")
@@ -117,7 +109,7 @@ class _Parser:
         return self.ruleset(rules, kt_compat.DEFAULT_DEVICE)
 
     def ktfx_file(self, root: Table) -> Ruleset:
-        known_keys(root, TOP_KEYS, "the file")
+        known_keys(root, tuple(SCHEMA["file"]), "the file")
         self.version(root)
         if (node := root.get("devices")) is not None:
             self.declare_devices(table(node, "`devices:`"))
@@ -237,7 +229,7 @@ class _Parser:
                 expected="a mapping with `match:` and `replace:`",
                 mend="write `- match: {name: …}` and, under it, `replace: {…}`",
             )
-        known_keys(node, RULE_KEYS, "the rule", label)
+        known_keys(node, tuple(SCHEMA["rule"]), "the rule", label)
         for key in ("match", "replace"):
             if node.get(key) is None:
                 raise RuleError(
@@ -253,7 +245,7 @@ class _Parser:
         replace_node = table(node.get("replace") or node, "`replace:`", label)
         match, pattern, name_origin = self.match(match_node, label)
         if self.dialect == "ktransformers":
-            known_keys(replace_node, KT_REPLACE_KEYS, "`replace:`", label)
+            known_keys(replace_node, tuple(KT_SCHEMA["replace"]), "`replace:`", label)
             action, with_ = self.kt_replace(replace_node, label), None
         else:
             action, with_ = self.replace(replace_node, label)
@@ -261,15 +253,15 @@ class _Parser:
         return Rule(number, match, action, recursive, node.origin, pattern, with_, name_origin)
 
     def match(self, node: Table, label: str) -> tuple[Match, Expression | None, Origin | None]:
-        kt = self.dialect == "ktransformers"
-        known_keys(node, KT_MATCH_KEYS if kt else MATCH_KEYS, "`match:`", label)
+        keys = tuple((KT_SCHEMA if self.dialect == "ktransformers" else SCHEMA)["match"])
+        known_keys(node, keys, "`match:`", label)
         if not node.entries:
             raise RuleError(
                 "`match:` is empty",
                 origin=node.origin,
                 rule=label,
-                expected="at least one of " + ", ".join(KT_MATCH_KEYS if kt else MATCH_KEYS),
-                mend="to match every module, write name: ''" if kt else "to match every module, write name: '.*'",
+                expected="at least one of " + ", ".join(keys),
+                mend="to match every module, write name: '.*'",
             )
         name, name_origin = None, None
         if (found := node.get("name")) is not None:
@@ -338,7 +330,7 @@ class _Parser:
         return text, parse_pattern(text, origin, label)
 
     def where(self, node: Table, label: str, pattern: Expression | None) -> Where:
-        known_keys(node, WHERE_KEYS, "`where:`", label)
+        known_keys(node, tuple(SCHEMA["where"]), "`where:`", label)
         dtype = device = phase = None
         if (found := node.get("dtype")) is not None:
             short = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
@@ -385,10 +377,10 @@ class _Parser:
     # ---- what a rule does, ktfx dialect
 
     def replace(self, node: Table, label: str) -> tuple[Replace, Expression | None]:
-        known_keys(node, REPLACE_KEYS, "`replace:`", label)
+        known_keys(node, tuple(SCHEMA["replace"]), "`replace:`", label)
         if node.get("class") is not None or node.get("kwargs") is not None:
             for entry in node.entries:
-                if entry.key.text not in KT_REPLACE_KEYS:
+                if entry.key.text not in KT_SCHEMA["replace"]:
                     raise RuleError(
                         f"`{entry.key.text}:` stands beside `class:` or `kwargs:`",
                         origin=entry.key.origin,
@@ -399,14 +391,14 @@ class _Parser:
             return self.kt_replace(node, label), None
         if not node.entries:
             raise RuleError(
-                "`replace:` is empty", origin=node.origin, rule=label, expected="one of " + ", ".join(REPLACE_KEYS)
+                "`replace:` is empty", origin=node.origin, rule=label, expected="one of " + ", ".join(SCHEMA["replace"])
             )
         both = self.action(node, label)
         phases = {phase: both for phase in PHASES}
         for phase in PHASES:
             if (found := node.get(phase)) is not None:
                 own = table(found, f"`{phase}:`", label)
-                known_keys(own, ACTION_KEYS, f"`{phase}:`", label)
+                known_keys(own, tuple(SCHEMA["phase"]), f"`{phase}:`", label)
                 said = self.action(own, label)
                 phases[phase] = PhaseAction(
                     said.device or both.device, said.op or both.op, said.weights or both.weights
@@ -469,7 +461,7 @@ class _Parser:
         nodes: dict[str, Node] = {}
         if (found := node.get("kwargs")) is not None and not (isinstance(found, Scalar) and found.value is None):
             kwargs_node = table(found, "`kwargs:`", label)
-            known_keys(kwargs_node, kt_compat.KWARGS, "`kwargs:`", label)
+            known_keys(kwargs_node, tuple(KT_SCHEMA["kwargs"]), "`kwargs:`", label)
             nodes = {entry.key.text: entry.value for entry in kwargs_node.entries}
         kwargs = {key: plain(value) for key, value in nodes.items()}
         devices = {

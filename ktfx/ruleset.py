@@ -177,8 +177,17 @@ def read_source(source: str | Path | Mapping[str, Any] | Sequence[Any]) -> Node:
     if not isinstance(source, str | Path):
         return read_python(source)
     path = Path(source)
-    if path.is_file():
-        return read_file(path)
+    if "\n" in str(source) or len(str(source)) > 4096:
+        raise RuleError(
+            "YAML text was given where a path or a name is expected",
+            expected="a path, or a shipped name: " + ", ".join(shipped_rulesets()),
+            mend="use ktfx.ruleset.parse_ruleset for text, or pass the loaded dict",
+        )
+    try:
+        if path.is_file():
+            return read_file(path)
+    except OSError as error:  # a name too long for the file system
+        raise RuleError(f"the path cannot be read: {error.strerror}", mend="check the path") from None
     shipped = shipped_rulesets()
     name = str(source).removesuffix(".yaml")
     if name in shipped:

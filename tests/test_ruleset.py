@@ -284,6 +284,10 @@ def test_many_small_values_are_refused() -> None:
 def test_unreadable_files(tmp_path: Path) -> None:
     with pytest.raises(RuleError, match="no such rule file: 'no/such"):
         load_ruleset("no/such.yaml")
+    with pytest.raises(RuleError, match="YAML text was given"):
+        load_ruleset(EXAMPLE)
+    with pytest.raises(RuleError):
+        load_ruleset("x" * 3000)
     with pytest.raises(RuleError, match="directory"):
         load_ruleset(tmp_path)
     latin = tmp_path / "latin.yaml"
@@ -399,6 +403,13 @@ def test_pattern_literals_and_lists() -> None:
     assert captures(tree) == ["a"]
 
 
+def test_misspelt_operators_get_the_near_name() -> None:
+    with pytest.raises(RuleError) as caught:
+        parse_pattern("aten.mul(aten.sillu(x), x)", Origin("f", 3, 10), "rule 2")
+    assert str(caught.value.origin) == "f:3:19"
+    assert (caught.value.what, caught.value.mend) == ("ATen has no operator 'sillu'", "did you mean 'silu'?")
+
+
 def test_pattern_over_several_lines() -> None:
     assert parse_pattern("  aten.mul(\n    a,\n    b)\n") == parse_pattern("aten.mul(a, b)")
 
@@ -426,7 +437,10 @@ def test_pattern_over_several_lines() -> None:
         "aten.silu(...)",
         "aten.silu(not x)",
         "aten.silu(x if y else z)",
-        "aten.silu(x), aten.silu(y)",
+        "aten.silu(x), y",
+        "aten.silu(x),",
+        "aten.topk(x)[y]",
+        "aten.topk(x)[-1]",
         "aten.silu(x)) + (1",
         "aten.silu(x); 1",
         "",
@@ -434,6 +448,8 @@ def test_pattern_over_several_lines() -> None:
         "aten.silu(" * 60 + "x" + ")" * 60,
         "(" * 3000,
         "aten.silu(" + "x" * 5000 + ")",
+        "atem.silu(x)",
+        "aten.sillu(x)",
     ],
 )
 def test_pattern_allow_list(text: str) -> None:
