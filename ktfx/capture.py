@@ -16,7 +16,7 @@ from torch._functorch.aot_autograd import aot_export_module
 
 from ktfx.dynamo_access import current_frame, live_module, source_name, weight_source
 from ktfx.errors import CaptureError
-from ktfx.graph import INFO, GraphInput, NodeInfo, output_node, placeholders
+from ktfx.graph import INFO, GraphInput, NodeInfo, insert_placeholder, output_node, placeholders
 from ktfx.placed_tensor import PlacedTensor
 from ktfx.roles import layer_of
 
@@ -33,6 +33,7 @@ class Captured:
     model: the module Dynamo started from, or the model it belongs to; ``prefix`` is its path in that model.
     phase: ``generate`` if the graph holds one query token, else ``prefill``; ``phase_reason`` says what was read.
     logical: the device that inputs come from and outputs go back to.
+    constants: placeholder name → tensor, for tensors that the model's code makes from literals.
     """
 
     gm: fx.GraphModule
@@ -44,7 +45,7 @@ class Captured:
     phase_reason: str
     logical: torch.device
     num_outputs: int
-    source_lines: dict[str, str] = field(default_factory=dict)
+    constants: dict[str, torch.Tensor] = field(default_factory=dict)
 
 
 def capture(
@@ -72,6 +73,7 @@ def capture(
     exported, signature = aot_export_module(gm, fakes, trace_joint=False, pre_dispatch=True, decompositions={})
 
     inputs = _describe_inputs(exported, nodes, prefix, signature)
+    constants = _lift_constants(exported, inputs)
     _annotate(exported.graph, prefix, root)
     _drop_checks(exported.graph)
     phase, reason = _phase(exported.graph, inputs, query_input)
@@ -89,6 +91,7 @@ def capture(
         phase=phase,
         phase_reason=reason,
         logical=_logical_device(fakes),
+        constants={n.name: t for n, t in constants.items()},
         num_outputs=len(output_node(exported.graph).args[0]) - len(writes),  # type: ignore[arg-type]
     )
 
@@ -200,6 +203,24 @@ def _describe_inputs(
         home = value.device_name if isinstance(value, PlacedTensor) else None
         result[node] = GraphInput(kind, name, index, mutated=node.name in mutated, home=home)
     return result
+
+
+def _lift_constants(gm: fx.GraphModule, inputs: dict[fx.Node, GraphInput]) -> dict[fx.Node, torch.Tensor]:
+    """Tensors made from literals (``torch.tensor([-1])``) are attributes of the export; make them inputs like weights."""
+    constants: dict[fx.Node, torch.Tensor] = {}
+    by_target: dict[str, fx.Node] = {}
+    for node in list(gm.graph.nodes):
+        if node.op != "get_attr":
+            continue
+        target = str(node.target)
+        if target not in by_target:
+            value = getattr(gm, target)
+            placed = by_target[target] = insert_placeholder(gm.graph, target, node.meta["val"])
+            inputs[placed] = GraphInput("constant", target, -1)
+            constants[placed] = value
+        node.replace_all_uses_with(by_target[target])
+        gm.graph.erase_node(node)
+    return constants
 
 
 def _annotate(graph: fx.Graph, prefix: str, root: nn.Module) -> None:

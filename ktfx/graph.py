@@ -44,9 +44,10 @@ class GraphInput:
     """One placeholder of the normal form.
 
     kind: ``parameter`` and ``buffer`` belong to the model and are bound once; ``packed`` is made from parameters by a
-        pass (see ``PackedWeight``); ``input`` comes with every call; ``symint`` is a size.
+        pass (see ``PackedWeight``); ``constant`` is a tensor that the model's code makes from literals; ``input`` comes
+        with every call; ``symint`` is a size.
     name: dotted parameter name, or the source expression of an input.
-    index: position among the arguments that Dynamo passes; -1 for ``packed``.
+    index: position among the arguments that Dynamo passes; -1 for ``packed`` and ``constant``.
     mutated: the call writes to it (a KV cache).
     home: the device name where an input's tensor lies (mutations go back there).
     """

@@ -368,7 +368,7 @@ def value_device(node: fx.Node, context: PassContext) -> str | None:
     """The device name on which a node's value lies; None for weights (bound wherever they are read) and integers."""
     if node.op == "placeholder":
         entry = context.captured.inputs.get(node.name)
-        if entry is None or entry.kind in ("packed", "symint", "parameter", "buffer"):
+        if entry is None or entry.kind in ("packed", "constant", "symint", "parameter", "buffer"):
             return None if entry is None or not entry.mutated else (entry.home or context.logical_name)
         return entry.home or context.logical_name
     return info(node).device

@@ -164,6 +164,8 @@ def _inputs(
             weight = context.packed[node.name]
             device = _device_of(weight.request.parts[0][1], context)
             values.append(store.packed(weight.request, device)[weight.index].to(context.captured.logical))
+        elif entry.kind == "constant":
+            values.append(context.captured.constants[node.name])
         elif entry.name in substitutes:
             values.append(substitutes[entry.name])
         else:

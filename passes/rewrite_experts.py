@@ -208,7 +208,7 @@ def find_region(nodes: list[fx.Node], spec: ExpertsSpec, context: PassContext) -
         n
         for n in outside
         if isinstance(n.meta.get("val"), torch.Tensor)
-        and context.captured.inputs.get(n.name, GraphInput("input", "", 0)).kind not in ("parameter", "buffer")
+        and context.captured.inputs.get(n.name, GraphInput("input", "", 0)).kind not in ("parameter", "buffer", "constant")
     ]
     ids = [n for n in tensors if not n.meta["val"].dtype.is_floating_point and n.meta["val"].dim() == 2]
     if len(ids) != 1:

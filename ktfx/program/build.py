@@ -153,6 +153,9 @@ class _Layout:
         if entry.kind == "packed":
             weight = self.context.packed[node.name]
             return self._constant(node, device, lambda: self.store.packed(weight.request, device)[weight.index])
+        if entry.kind == "constant":
+            value, real = self.context.captured.constants[node.name], self.context.devices[device]
+            return self._constant(node, device, lambda: value.to(real))
         key = (node, "")
         if key not in self.slot_of:
             slot = self.new(node)
