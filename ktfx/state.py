@@ -13,7 +13,7 @@ from torch import nn
 from ktfx.devices import DeviceMap, device_map, written_device
 from ktfx.errors import KtfxWarning
 from ktfx.options import CompileOptions
-from ktfx.pass_manager import PassRecord
+from ktfx.pass_manager import PassContext, PassRecord
 from ktfx.program.build import BuiltProgram
 from ktfx.resolve import Resolution, resolve
 from ktfx.ruleset import Ruleset, load_ruleset
@@ -22,7 +22,10 @@ from ktfx.weights import WeightStore
 
 @dataclass
 class GraphReport:
-    """One compiled graph: what the passes did and what came out."""
+    """One compiled graph: what the passes did and what came out.
+
+    context, inputs: only with ``keep_graphs``: the passes' context, and the first call's arguments by placeholder name.
+    """
 
     phase: str
     phase_reason: str
@@ -31,6 +34,8 @@ class GraphReport:
     built: BuiltProgram
     runs: tuple[str, ...]
     seconds: dict[str, float]
+    context: PassContext | None = None
+    inputs: dict[str, Any] | None = None
 
     def transfers(self) -> list[tuple[str, str, int]]:
         """(from, to, bytes) of each transfer step."""
@@ -68,7 +73,7 @@ def model_state(model: nn.Module, options: CompileOptions, logical: torch.device
     key = f"{options.key}|{logical}"
     state = states.get(key)
     if state is None:
-        ruleset = load_ruleset(options.rules if options.rules is not None else _default_rules(model))
+        ruleset = load_ruleset(options.rules if options.rules is not None else default_rules(model))
         resolution = resolve(ruleset, model)
         devices = device_map(ruleset, options.simulate)
         logical_name = name_of_logical(ruleset, logical)
@@ -100,12 +105,14 @@ def forget_graphs() -> None:
             state.graphs.clear()
 
 
-def _default_rules(model: nn.Module) -> str:
+def default_rules(model: nn.Module) -> str:
+    """The shipped rule file for the model's type and the GPUs that are there."""
     from ktfx.rules_index import shipped_rules_for
 
     config = getattr(model, "config", None)
     model_type = str(getattr(config, "model_type", "") or "")
-    return shipped_rules_for(model_type, torch.cuda.device_count() if torch.cuda.is_available() else 0)
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    return shipped_rules_for(model_type, gpus, float(sum(p.numel() for p in model.parameters())))
 
 
 def name_of_logical(ruleset: Ruleset, logical: torch.device) -> str:
