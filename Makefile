@@ -1,0 +1,48 @@
+# make demo: sets up .venv, then runs the model that ships.   make test: sets up, then every check and test.
+PYTHON ?= python3
+VENV ?= .venv
+# What pip is asked for where no torch in the supported range is there yet.
+TORCH ?= torch==2.13.0
+
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.ktfx-ready
+PACKAGE := pyproject.toml setup.py $(wildcard ktfx/cpu_kernels/*.cpp ktfx/cpu_kernels/*.h ktfx/cpu_kernels/*.inl)
+
+.PHONY: help setup demo test lint bench native-sanitize clean
+
+help: ## list the targets
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 18
+
+setup: $(STAMP) ## make .venv and install ktfx with all that its tests need
+
+$(STAMP): $(PACKAGE)
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+		echo "ktfx needs Python 3.11 or newer; this is $$($(PYTHON) --version). Try: make PYTHON=python3.11 $(MAKECMDGOALS)"; exit 1; }
+	@command -v $${CXX:-g++} >/dev/null || echo "no C++ compiler: the CPU kernels will not be built, and Inductor cannot compile"
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -c 'import torch, sys; v = torch.__version__.split("+")[0].split("."); sys.exit(not (2, 11) <= (int(v[0]), int(v[1])) < (2, 14))' 2>/dev/null \
+		|| $(BIN)/python -m pip install --quiet --disable-pip-version-check '$(TORCH)'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[test]'
+	@touch $@
+
+demo: setup ## run the small model that ships, on two simulated GPUs and the host
+	$(BIN)/ktfx run
+
+lint: setup ## ruff and mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+test: lint ## every check and test; about ten minutes on two cores
+	$(BIN)/python -m pytest
+
+bench: setup ## the pytest-benchmark suites
+	$(BIN)/python -m pytest tests/benchmarks --benchmark-only
+
+# The CPU kernels under the address, undefined-behaviour and thread sanitizers.
+native-sanitize: setup ## the CPU kernels under sanitizers
+	@if [ -x tests/native/run_sanitizers.sh ]; then PYTHON=$(BIN)/python tests/native/run_sanitizers.sh; \
+	else echo "no sanitizer run in this checkout (tests/native/run_sanitizers.sh)"; exit 1; fi
+
+clean: ## remove the virtual environment and what was built
+	rm -rf $(VENV) build ktfx.egg-info ktfx/cpu_kernels/*.so .pytest_cache .mypy_cache .ruff_cache

@@ -1,0 +1,225 @@
+"""A resolution as a table for people: equal layers are one row; children that follow their parent have none."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from rich.table import Table
+from rich.text import Text
+from rich.tree import Tree
+
+from ktfx.text import human_bytes
+
+if TYPE_CHECKING:
+    from ktfx.budget import WeightPlan
+    from ktfx.resolve import ModulePlacement, PhasePlacement, Resolution
+
+REST = "(everything else)"
+_NAMED_OUTSIDE = 8
+COLOURS = ("cyan", "magenta", "green", "blue", "bright_red", "bright_cyan", "bright_magenta", "bright_green")
+
+
+@dataclass
+class PlacementRow:
+    """Modules that are placed alike and for the same reason.
+
+    label: ``model.layers.0-3.mlp.experts``. paths: the modules themselves. nbytes: their weights, with what lies
+    inside them and has no row of its own; both copies where the phases differ.
+    """
+
+    label: str
+    first: ModulePlacement
+    why: str
+    paths: list[str] = field(default_factory=list)
+    layers: list[int] = field(default_factory=list)
+    nbytes: int = 0
+
+    @property
+    def same_in_both_phases(self) -> bool:
+        return self.first.prefill == self.first.generate
+
+    def to_json(self) -> dict[str, Any]:
+        first = self.first
+        rule = first.rule
+        return {
+            "modules": self.label,
+            "paths": self.paths,
+            "role": first.role,
+            "why": self.why,
+            "reason": first.reason,
+            "rule": rule.number if rule else None,
+            "file": rule.origin.file if rule else None,
+            "line": rule.origin.line or None if rule else None,
+            "prefill": _phase_json(first.prefill),
+            "generate": _phase_json(first.generate),
+            "out_device": first.out_device,
+            "bytes": self.nbytes,
+        }
+
+
+def _phase_json(place: PhasePlacement) -> dict[str, Any]:
+    return {"device": place.device, "op": place.op, "weights": place.weights}
+
+
+def placement_rows(resolution: Resolution, plans: Iterable[WeightPlan] = ()) -> list[PlacementRow]:
+    """The rows, in the order of the model's modules. A module gets one if it is not placed as its parent is."""
+    plans = list(plans)
+    named = _named_though_default(resolution, {plan.module for plan in plans})
+    rows: dict[tuple[object, ...], PlacementRow] = {}
+    row_of: dict[str, PlacementRow] = {}
+    for path, placement in resolution.placements.items():
+        parent = resolution.placements[path.rpartition(".")[0]] if path else None
+        if parent is not None and path not in named and not _has_own_row(placement, parent):
+            row_of[path] = row_of[parent.module]
+            continue
+        template = _template(path, placement.layer, resolution)
+        key = (
+            template,
+            placement.prefill,
+            placement.generate,
+            id(placement.rule),
+            placement.reason,
+            placement.out_device,
+        )
+        if key not in rows:
+            rows[key] = PlacementRow(path, placement, why(placement))
+        row = row_of[path] = rows[key]
+        row.paths.append(path)
+        if placement.layer is not None:
+            row.layers.append(placement.layer)
+    for row in rows.values():
+        row.label = _template(row.paths[0], row.first.layer, resolution, span_text(row.layers)) or REST
+    for plan in plans:
+        row_of[plan.module].nbytes += plan.nbytes
+    # The root says something only if weights, or modules without a row, follow it.
+    found = list(rows.values())
+    if found and found[0].paths == [""] and not found[0].nbytes and len(found) > 1:
+        found = found[1:]
+    return found
+
+
+def _has_own_row(placement: ModulePlacement, parent: ModulePlacement) -> bool:
+    if (placement.prefill.device, placement.generate.device) != (parent.prefill.device, parent.generate.device):
+        return True
+    if placement.reason == "rule":
+        ops = (placement.prefill.op, placement.generate.op, placement.prefill.weights, placement.generate.weights)
+        inherited = (parent.prefill.op, parent.generate.op, parent.prefill.weights, parent.generate.weights)
+        return placement.rule is not parent.rule or ops != inherited
+    return placement.reason == "layers" and parent.reason == "default"
+
+
+def _named_though_default(resolution: Resolution, weighted: set[str]) -> set[str]:
+    """Modules that get a row though they follow the root: the layers, and the few with weights outside them."""
+    placements = resolution.placements.values()
+    layers = {p.module for p in placements if p.layer is not None and p.module == resolution.layer_path(p.layer)}
+    outside = {p.module for p in placements if p.module in weighted and p.layer is None and p.reason == "default"}
+    return layers | (outside if len(outside) <= _NAMED_OUTSIDE else set())
+
+
+def _template(path: str, layer: int | None, resolution: Resolution, number: str = "*") -> str:
+    """The path with the number of its decoder layer replaced."""
+    if layer is None:
+        return path
+    prefix = resolution.layer_path(layer)
+    return prefix.removesuffix(str(layer)) + number + path[len(prefix) :] if path.startswith(prefix) else path
+
+
+def span_text(numbers: Sequence[int]) -> str:
+    """[0, 1, 2, 5] → ``0-2,5``."""
+    parts: list[list[int]] = []
+    for number in sorted(set(numbers)):
+        if parts and number == parts[-1][1] + 1:
+            parts[-1][1] = number
+        else:
+            parts.append([number, number])
+    return ",".join(str(a) if a == b else f"{a}-{b}" for a, b in parts)
+
+
+def why(placement: ModulePlacement) -> str:
+    """The reason in words: ``rule 2, line 11``, ``layers:``, ``default``, ``as model.layers.0.mlp``."""
+    if placement.reason == "rule" and placement.rule is not None:
+        line = placement.rule.origin.line
+        return placement.rule.label + (f", line {line}" if line else "")
+    if placement.reason == "inherited":
+        return f"as {placement.inherited_from}"
+    return "layers:" if placement.reason == "layers" else placement.reason
+
+
+def operator_text(place: PhasePlacement) -> str:
+    return (place.op or "aten") + (f" ({place.weights})" if place.weights and place.weights != "model" else "")
+
+
+def device_colours(names: Iterable[str]) -> dict[str, str]:
+    return {name: COLOURS[i % len(COLOURS)] for i, name in enumerate(names)}
+
+
+def placement_table(rows: Sequence[PlacementRow], devices: Sequence[str], title: str | None = None) -> Table:
+    """module → why → operator → device; one column a phase where they differ anywhere."""
+    colours = device_colours(devices)
+    table = Table(title=title, title_justify="left", title_style="bold", box=None, header_style="dim", pad_edge=False)
+    table.add_column("module", overflow="fold")
+    table.add_column("rule", overflow="fold")
+    differ = any(not row.same_in_both_phases for row in rows)
+    if differ:
+        table.add_column("prefill", overflow="fold")
+        table.add_column("generate", overflow="fold")
+    else:
+        table.add_column("operator", overflow="fold")
+        table.add_column("device", overflow="fold")
+    table.add_column("weights", justify="right", no_wrap=True)
+    for row in rows:
+        prefill, generate = row.first.prefill, row.first.generate
+        if differ:
+            places = [_place_text(prefill, colours), _place_text(generate, colours)]
+        else:
+            places = [Text(operator_text(generate)), Text(generate.device, colours.get(generate.device, ""))]
+        if row.first.out_device and row.first.out_device != generate.device:
+            places[-1].append(f", then to {row.first.out_device}", "dim")
+        table.add_row(Text(row.label), Text(row.why, "dim"), *places, human_bytes(row.nbytes) if row.nbytes else "")
+    return table
+
+
+def _place_text(place: PhasePlacement, colours: dict[str, str]) -> Text:
+    return Text.assemble(operator_text(place), " on ", (place.device, colours.get(place.device, "")))
+
+
+def placement_tree(rows: Sequence[PlacementRow], devices: Sequence[str], root: str) -> Tree:
+    """The same rows as a tree of module paths."""
+    colours = device_colours(devices)
+    tree = Tree(Text(root, "bold"), guide_style="dim")
+    branches: dict[str, tuple[Tree, PlacementRow | None]] = {"": (tree, None)}
+    for row in rows:
+        parent, above, leaf = _parent(row, branches)
+        if above is not None and above.layers != row.layers:
+            leaf = f"[{span_text(row.layers)}] {leaf}"
+        line = Text.assemble((leaf, "dim" if row.label == REST else ""), "  ")
+        if row.same_in_both_phases:
+            line.append_text(_place_text(row.first.generate, colours))
+        else:
+            line.append("prefill ", "dim").append_text(_place_text(row.first.prefill, colours))
+            line.append("  generate ", "dim").append_text(_place_text(row.first.generate, colours))
+        line.append(f"  {row.why}", "dim")
+        if row.nbytes:
+            line.append(f"  {human_bytes(row.nbytes)}", "dim")
+        branch = parent.add(line)
+        for path in row.paths:
+            branches.setdefault(path, (branch, row))
+    return tree
+
+
+def _parent(
+    row: PlacementRow, branches: dict[str, tuple[Tree, PlacementRow | None]]
+) -> tuple[Tree, PlacementRow | None, str]:
+    """The branch of the nearest module above a row, its row, and the path below it."""
+    path = row.paths[0]
+    if row.label == REST:
+        return *branches[""], REST
+    above = path.rpartition(".")[0]
+    while above and above not in branches:
+        above = above.rpartition(".")[0]
+    tree, parent = branches[above]
+    if not above or parent is None or parent.label == REST:
+        return tree, None, row.label
+    return tree, parent, path[len(above) + 1 :]
