@@ -115,7 +115,7 @@ def narrow(t, DT: tl.constexpr):
     if INTERPRETED and tl.bfloat16 == DT:
         # The interpreter cuts off instead of rounding, and knows no way from integers to bfloat16.
         bits = t.to(tl.float32).to(tl.int32, bitcast=True)
-        t = (bits + 0x7FFF + ((bits >> 16) & 1)).to(tl.float32, bitcast=True)
+        t = ((bits + 0x7FFF + ((bits >> 16) & 1)) & -65536).to(tl.float32, bitcast=True)
     return t.to(DT)
 
 

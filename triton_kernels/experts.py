@@ -21,79 +21,19 @@ from dataclasses import dataclass, replace
 import torch
 import triton
 import triton.language as tl
-from ktfx.triton_kernels.dequant import (
-    activation,
-    e2m1,
-    e4m3,
-    gated,
-    group_offset,
-    load_group_scale,
-    narrow,
-    nibbles,
-    product,
-)
+from ktfx.triton_kernels.dequant import activation, gated, narrow
 from ktfx.triton_kernels.grouping import group_pairs
-from ktfx.triton_kernels.launch import bytes_view, cdiv, native_fp8, pow2
+from ktfx.triton_kernels.launch import cdiv, pow2
+from ktfx.triton_kernels.matmul import (
+    StoredWeight,
+    load_inputs,
+    multiply_rows,
+    multiply_tile,
+    scale_row,
+    stored_weight,
+)
 
-from ktfx.formats import FP8_BLOCK, parse_format
 from ktfx.ops.experts import ExpertsSpec
-
-
-@triton.jit
-def _scale_row(e, n, N, FMT: tl.constexpr):
-    """Which row of the scales belongs to row n of expert e."""
-    if FMT == "fp8":
-        return e * ((N + 127) // 128) + n // 128
-    return e * N + n
-
-
-@triton.jit
-def _multiply_rows(
-    acc, w_ptr, s_ptr, z_ptr, row, srow, ok, x_ptr, xrow, k0, K, ldw, lds,
-    FMT: tl.constexpr, G: tl.constexpr, BK: tl.constexpr, NATIVE: tl.constexpr,
-):  # fmt: skip
-    """acc += w[row, k0:k0+BK] · x[xrow, k0:k0+BK], still unsummed along k (model, int8) or along groups.
-
-    row, srow, ok: (L, R), weight rows, scale rows and which exist; xrow: (L or 1,) element offsets of the inputs.
-    acc: (L, R, BK), or (L, R, BK / G) for formats with groups.
-    """
-    if FMT == "model" or FMT == "int8":
-        k = k0 + tl.arange(0, BK)
-        x = tl.load(x_ptr + xrow[:, None] + k[None, :], mask=(k < K)[None, :], other=0.0).to(tl.float32)
-        w = tl.load(
-            w_ptr + row[:, :, None] * ldw + k[None, None, :], mask=ok[:, :, None] & (k < K)[None, None, :], other=0
-        )
-        acc += w.to(tl.float32) * x[:, None, :]
-    else:
-        NG: tl.constexpr = BK // G
-        g = k0 // G + tl.arange(0, NG)
-        at, there = srow[:, :, None] * lds + g[None, None, :], ok[:, :, None] & (g * G < K)[None, None, :]
-        scale = load_group_scale(s_ptr, at, there, FMT)
-        if FMT == "fp8":
-            k = g[:, None] * G + tl.arange(0, G)[None, :]
-            x = tl.load(x_ptr + xrow[:, None, None] + k[None, :, :], mask=(k < K)[None, :, :], other=0.0)
-            w = tl.load(
-                w_ptr + row[:, :, None, None] * ldw + k[None, None, :, :],
-                mask=ok[:, :, None, None] & (k < K)[None, None, :, :], other=0,
-            )  # fmt: skip
-            acc += tl.sum(e4m3(w, NATIVE) * x.to(tl.float32)[:, None, :, :], 3) * scale
-        else:
-            c = tl.arange(0, G // 2)
-            k = g[:, None] * G + (c // 16 * 32 + c % 16)[None, :]
-            x_low = tl.load(x_ptr + xrow[:, None, None] + k[None, :, :], mask=(k < K)[None, :, :], other=0.0)
-            k += 16
-            x_high = tl.load(x_ptr + xrow[:, None, None] + k[None, :, :], mask=(k < K)[None, :, :], other=0.0)
-            col = g[:, None] * (G // 2) + c[None, :]
-            data = tl.load(
-                w_ptr + row[:, :, None, None] * ldw + col[None, None, :, :], mask=there[:, :, :, None], other=0
-            )
-            if FMT == "mxfp4":
-                low, high = e2m1(data)
-            else:
-                low, high = nibbles(data, group_offset(z_ptr, at, there, FMT)[:, :, :, None])
-            part = low * x_low.to(tl.float32)[:, None, :, :] + high * x_high.to(tl.float32)[:, None, :, :]
-            acc += tl.sum(part, 3) * scale
-    return acc
 
 
 @triton.jit
@@ -109,11 +49,11 @@ def _pairs_up_kernel(
     n = tl.arange(0, L)[:, None] * inter + i[None, :]
     # A tile of ids: the interpreter cannot splat a scalar mask.
     ok = (tl.zeros_like(n) + i[None, :] < inter) & (tl.zeros_like(n) + e >= 0) & (tl.zeros_like(n) + e < E)
-    row, srow = e * (L * inter) + n, _scale_row(e, n, L * inter, FMT)
+    row, srow = e * (L * inter) + n, scale_row(e, n, L * inter, FMT)
     xrow = tl.zeros((1,), tl.int64) + (s // TOPK).to(tl.int64) * H
     acc = tl.zeros((L, R, BK if FMT == "model" or FMT == "int8" else BK // G), tl.float32)
     for k0 in tl.range(0, H, BK, num_stages=STAGES):
-        acc = _multiply_rows(acc, w_ptr, s_ptr, z_ptr, row, srow, ok, x_ptr, xrow, k0, H, ldw, lds, FMT, G, BK, NATIVE)
+        acc = multiply_rows(acc, w_ptr, s_ptr, z_ptr, row, srow, ok, x_ptr, xrow, k0, H, ldw, lds, FMT, G, BK, NATIVE)
     y = tl.sum(acc, 2)
     if FMT == "int8":
         y *= tl.load(s_ptr + srow, mask=ok, other=0.0)
@@ -141,11 +81,11 @@ def _pairs_down_kernel(
     weight = tl.load(weights_ptr + t * TOPK + k, mask=valid, other=0.0).to(tl.float32)
     n = tl.program_id(0) * R + tl.arange(0, R)
     ok = valid[:, None] & (n < H)[None, :]
-    row, srow = e[:, None] * H + n[None, :], _scale_row(e[:, None], n[None, :], H, FMT)
+    row, srow = e[:, None] * H + n[None, :], scale_row(e[:, None], n[None, :], H, FMT)
     xrow = (t * TOPK + tl.where(valid, k, 0)).to(tl.int64) * inter
     acc = tl.zeros((KP, R, BK if FMT == "model" or FMT == "int8" else BK // G), tl.float32)
     for i0 in tl.range(0, inter, BK, num_stages=STAGES):
-        acc = _multiply_rows(
+        acc = multiply_rows(
             acc, w_ptr, s_ptr, z_ptr, row, srow, ok, h_ptr, xrow, i0, inter, ldw, lds, FMT, G, BK, NATIVE
         )
     y = tl.sum(acc, 2)
@@ -155,56 +95,6 @@ def _pairs_down_kernel(
         y += tl.load(b_ptr + row, mask=ok, other=0.0).to(tl.float32)
     out = tl.sum(tl.where(ok, y * weight[:, None], 0.0), 0)
     tl.store(out_ptr + t.to(tl.int64) * H + n, narrow(out, out_ptr.dtype.element_ty), mask=n < H)
-
-
-@triton.jit
-def _load_inputs(x_ptr, xrow, there, k0, K, NIBBLES: tl.constexpr, BK: tl.constexpr):
-    """x[xrow, k0:k0+BK] transposed, (BK, BM); for nibbles the two (BK/2, BM) halves that meet low and high values."""
-    if NIBBLES:
-        c = tl.arange(0, BK // 2)
-        k = k0 + c // 16 * 32 + c % 16
-        low = tl.load(x_ptr + xrow[None, :] + k[:, None], mask=there[None, :] & (k < K)[:, None], other=0.0)
-        k += 16
-        high = tl.load(x_ptr + xrow[None, :] + k[:, None], mask=there[None, :] & (k < K)[:, None], other=0.0)
-    else:
-        k = k0 + tl.arange(0, BK)
-        low = tl.load(x_ptr + xrow[None, :] + k[:, None], mask=there[None, :] & (k < K)[:, None], other=0.0)
-        high = low
-    return low, high
-
-
-@triton.jit
-def _multiply_tile(
-    acc, low_x, high_x, w_ptr, s_ptr, z_ptr, row, srow, ok, k0, K, ldw, lds,
-    FMT: tl.constexpr, G: tl.constexpr, BK: tl.constexpr, NATIVE: tl.constexpr,
-):  # fmt: skip
-    """acc (BN, BM) += w[row, k0:k0+BK] · x; weights become x's dtype, scales and all (int8's scale is the caller's)."""
-    DT: tl.constexpr = low_x.dtype
-    BN: tl.constexpr = row.shape[0]
-    if FMT == "model" or FMT == "int8" or FMT == "fp8":
-        k = k0 + tl.arange(0, BK)
-        w = tl.load(w_ptr + row[:, None] * ldw + k[None, :], mask=ok[:, None] & (k < K)[None, :], other=0)
-        if FMT == "fp8":
-            scale = load_group_scale(s_ptr, srow * lds + k0 // G, ok, FMT)
-            w = e4m3(w, NATIVE) * scale[:, None]
-        acc = product(narrow(w, DT), low_x, acc)
-    else:
-        # A tile is whole groups (3-d, one scale a group), or lies inside one group.
-        NG: tl.constexpr = BK // G if BK > G else 1
-        GB: tl.constexpr = BK // NG // 2
-        g = k0 // G + tl.arange(0, NG)
-        there = ok[:, None] & (g * G < K)[None, :]
-        at = srow[:, None] * lds + g[None, :]
-        col = k0 // 2 + tl.arange(0, NG)[:, None] * GB + tl.arange(0, GB)[None, :]
-        data = tl.load(w_ptr + row[:, None, None] * ldw + col[None, :, :], mask=there[:, :, None], other=0)
-        scale = load_group_scale(s_ptr, at, there, FMT)[:, :, None]
-        if FMT == "mxfp4":
-            low, high = e2m1(data)
-        else:
-            low, high = nibbles(data, group_offset(z_ptr, at, there, FMT)[:, :, None])
-        acc = product(narrow(low * scale, DT).reshape(BN, NG * GB), low_x, acc)
-        acc = product(narrow(high * scale, DT).reshape(BN, NG * GB), high_x, acc)
-    return acc
 
 
 @triton.jit
@@ -236,16 +126,16 @@ def _tiles_up_kernel(
     xrow = (pair // TOPK).to(tl.int64) * H
     i = n_tile * BN + tl.arange(0, BN)
     ok = i < inter
-    row, srow = e * (L * inter) + i, _scale_row(e, i, L * inter, FMT)
-    row_up, srow_up = row + (L - 1) * inter, _scale_row(e, i + (L - 1) * inter, L * inter, FMT)
+    row, srow = e * (L * inter) + i, scale_row(e, i, L * inter, FMT)
+    row_up, srow_up = row + (L - 1) * inter, scale_row(e, i + (L - 1) * inter, L * inter, FMT)
     gate, up = tl.zeros((BN, BM), tl.float32), tl.zeros((BN, BM), tl.float32)
     for k0 in tl.range(0, H, BK):
-        low_x, high_x = _load_inputs(x_ptr, xrow, there, k0, H, NIBBLES, BK)
-        gate = _multiply_tile(
+        low_x, high_x = load_inputs(x_ptr, xrow, there, k0, H, NIBBLES, BK)
+        gate = multiply_tile(
             gate, low_x, high_x, w_ptr, s_ptr, z_ptr, row, srow, ok, k0, H, ldw, lds, FMT, G, BK, NATIVE
         )
         if L == 2:
-            up = _multiply_tile(
+            up = multiply_tile(
                 up, low_x, high_x, w_ptr, s_ptr, z_ptr, row_up, srow_up, ok, k0, H, ldw, lds, FMT, G, BK, NATIVE
             )
     if FMT == "int8":
@@ -274,12 +164,12 @@ def _tiles_down_kernel(
     there = m < count
     n = n_tile * BN + tl.arange(0, BN)
     ok = n < H
-    row, srow = e * H + n, _scale_row(e, n, H, FMT)
+    row, srow = e * H + n, scale_row(e, n, H, FMT)
     hrow = (first + m).to(tl.int64) * inter
     acc = tl.zeros((BN, BM), tl.float32)
     for i0 in tl.range(0, inter, BK):
-        low_h, high_h = _load_inputs(h_ptr, hrow, there, i0, inter, NIBBLES, BK)
-        acc = _multiply_tile(
+        low_h, high_h = load_inputs(h_ptr, hrow, there, i0, inter, NIBBLES, BK)
+        acc = multiply_tile(
             acc, low_h, high_h, w_ptr, s_ptr, z_ptr, row, srow, ok, i0, inter, ldw, lds, FMT, G, BK, NATIVE
         )
     if FMT == "int8":
@@ -306,35 +196,6 @@ def _combine_kernel(y_ptr, ids_ptr, weights_ptr, out_ptr, E, H, TOPK: tl.constex
 
 
 @dataclass(frozen=True)
-class StackedWeight:
-    """One of the two stacked weights as the kernels take it: (E, N, K) in ``fmt``, rows of ldw elements or bytes."""
-
-    data: torch.Tensor
-    scales: torch.Tensor
-    zeros: torch.Tensor
-    fmt: str
-    group: int
-    ldw: int
-    lds: int
-
-    @property
-    def grouped(self) -> bool:
-        return self.fmt not in ("model", "int8")
-
-
-def stacked_weight(name: str, tensors: Sequence[torch.Tensor]) -> StackedWeight:
-    """``QuantizedWeight.tensors()`` of a stacked weight, contiguous, for a launch."""
-    form, group = parse_format(name)
-    data = bytes_view(tensors[0])
-    scales = tensors[1] if len(tensors) > 1 else data
-    zeros = tensors[2] if len(tensors) > 2 else data
-    lds = scales.shape[-1] if form.name not in ("model", "int8") else 1
-    return StackedWeight(
-        data, scales, zeros, form.name, group if form.name != "fp8" else FP8_BLOCK, data.shape[-1], lds
-    )
-
-
-@dataclass(frozen=True)
 class PairsConfig:
     """R rows a program (of gate and up each, or of down), BK values of k a step."""
 
@@ -356,16 +217,15 @@ class TilesConfig:
     num_stages: int
 
 
-def pairs_config(weight: StackedWeight, K: int, leading: int) -> PairsConfig:
+def pairs_config(weight: StoredWeight, K: int, leading: int) -> PairsConfig:
     """leading: how many weight rows each of the R rows stands for (2 for gate and up, K chosen for down)."""
-    nibbles = weight.fmt in ("int4", "int4zp", "mxfp4")
-    BK = min(1024 if nibbles else 512, max(pow2(K), 16))
+    BK = min(1024 if weight.nibbles else 512, max(pow2(K), 16))
     if weight.grouped:
         BK = max(BK, weight.group)
     return PairsConfig(R=4 if leading <= 4 else max(1, 16 // pow2(leading)), BK=BK, num_warps=4)
 
 
-def tiles_config(weight: StackedWeight, K: int, rows_an_expert: float, itemsize: int) -> TilesConfig:
+def tiles_config(weight: StoredWeight, K: int, rows_an_expert: float, itemsize: int) -> TilesConfig:
     BM = 16 if rows_an_expert <= 16 else 32 if rows_an_expert <= 32 else 64 if rows_an_expert <= 96 else 128
     BK = 64 if itemsize == 2 else 32
     if weight.grouped:
@@ -406,7 +266,7 @@ def routed_experts(
     if K == 0:
         return out.zero_()
     many = (len(packed) - 2 * spec.has_bias) // 2
-    up, down = stacked_weight(spec.weights, packed[:many]), stacked_weight(spec.weights, packed[many : 2 * many])
+    up, down = stored_weight(spec.weights, packed[:many]), stored_weight(spec.weights, packed[many : 2 * many])
     biases = packed[2 * many :] if spec.has_bias else (up.data, down.data)
     x, ids, weights = x_TH.contiguous(), ids_TK.contiguous(), weights_TK.contiguous()
     use_pairs = prefer_pairs(T, spec.num_experts, K) if pairs is None else pairs
@@ -415,18 +275,9 @@ def routed_experts(
     return out
 
 
-def _constants(spec: ExpertsSpec, weight: StackedWeight) -> dict[str, object]:
-    return {
-        "FMT": weight.fmt,
-        "G": max(weight.group, 1),
-        "BIAS": spec.has_bias,
-        "NATIVE": weight.fmt == "fp8" and native_fp8(weight.data.device),
-    }
-
-
 def _run_pairs(
-    spec: ExpertsSpec, x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, up: StackedWeight,
-    down: StackedWeight, biases: Sequence[torch.Tensor], out: torch.Tensor, configs: tuple | None,
+    spec: ExpertsSpec, x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, up: StoredWeight,
+    down: StoredWeight, biases: Sequence[torch.Tensor], out: torch.Tensor, configs: tuple | None,
 ) -> None:  # fmt: skip
     (T, H), K, inter, E = x.shape, ids.shape[1], spec.intermediate, spec.num_experts
     L = 1 if spec.gate == "none" else 2
@@ -436,19 +287,19 @@ def _run_pairs(
         x, ids, up.data, up.scales, up.zeros, biases[0], h,
         E, H, inter, up.ldw, up.lds, spec.alpha, spec.limit,
         TOPK=K, L=L, ACT=spec.activation, GATE=spec.gate, R=first.R, BK=first.BK, STAGES=first.STAGES,
-        num_warps=first.num_warps, **_constants(spec, up),
+        num_warps=first.num_warps, BIAS=spec.has_bias, **up.constants(),
     )  # fmt: skip
     _pairs_down_kernel[(cdiv(H, second.R), T)](
         h, ids, weights, down.data, down.scales, down.zeros, biases[1], out,
         E, H, inter, down.ldw, down.lds,
         TOPK=K, KP=pow2(K), R=second.R, BK=second.BK, STAGES=second.STAGES,
-        num_warps=second.num_warps, **_constants(spec, down),
+        num_warps=second.num_warps, BIAS=spec.has_bias, **down.constants(),
     )  # fmt: skip
 
 
 def _run_tiles(
-    spec: ExpertsSpec, x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, up: StackedWeight,
-    down: StackedWeight, biases: Sequence[torch.Tensor], out: torch.Tensor, configs: tuple | None,
+    spec: ExpertsSpec, x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, up: StoredWeight,
+    down: StoredWeight, biases: Sequence[torch.Tensor], out: torch.Tensor, configs: tuple | None,
 ) -> None:  # fmt: skip
     (T, H), K, inter, E = x.shape, ids.shape[1], spec.intermediate, spec.num_experts
     L = 1 if spec.gate == "none" else 2
@@ -466,7 +317,7 @@ def _run_tiles(
         x, grouped.order, grouped.tiles, up.data, up.scales, up.zeros, biases[0], h,
         H, inter, up.ldw, up.lds, spec.alpha, spec.limit, grouped.max_tiles, n_tiles,
         TOPK=K, L=L, ACT=spec.activation, GATE=spec.gate, BM=first.BM, BN=first.BN, BK=first.BK, GROUP=first.GROUP,
-        num_warps=first.num_warps, num_stages=first.num_stages, **_constants(spec, up),
+        num_warps=first.num_warps, num_stages=first.num_stages, BIAS=spec.has_bias, **up.constants(),
     )  # fmt: skip
     y = torch.empty(S, H, dtype=x.dtype, device=x.device)
     n_tiles = cdiv(H, second.BN)
@@ -474,7 +325,7 @@ def _run_tiles(
         h, grouped.order, grouped.tiles, down.data, down.scales, down.zeros, biases[1], y,
         H, inter, down.ldw, down.lds, grouped.max_tiles, n_tiles,
         BM=second.BM, BN=second.BN, BK=second.BK, GROUP=second.GROUP,
-        num_warps=second.num_warps, num_stages=second.num_stages, **_constants(spec, down),
+        num_warps=second.num_warps, num_stages=second.num_stages, BIAS=spec.has_bias, **down.constants(),
     )  # fmt: skip
     BH = min(1024, pow2(H))
     _combine_kernel[(T, cdiv(H, BH))](y, ids, weights, out, E, H, TOPK=K, KP=pow2(K), BH=BH, num_warps=4)

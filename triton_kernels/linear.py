@@ -1,0 +1,155 @@
+"""y = x·Wᵀ + b over a stored weight: rows for one or two inputs, tiles split along the reduction for more.
+
+Decode has few output rows and a long reduction, so tiles alone would leave most multiprocessors idle: the reduction is
+split over SPLIT programs that write float32 partial sums, and a second kernel adds them in a fixed order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from ktfx.triton_kernels.dequant import narrow
+from ktfx.triton_kernels.launch import cdiv, pow2, sm_count
+from ktfx.triton_kernels.matmul import StoredWeight, load_inputs, multiply_rows, multiply_tile, scale_row, stored_weight
+
+
+@triton.jit
+def _rows_kernel(
+    x_ptr, w_ptr, s_ptr, z_ptr, b_ptr, y_ptr, N, K, ldx, ldw, lds,
+    FMT: tl.constexpr, G: tl.constexpr, BIAS: tl.constexpr, NATIVE: tl.constexpr,
+    R: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    m = tl.program_id(1)
+    n = tl.program_id(0) * R + tl.arange(0, R)
+    row, ok = n[None, :].to(tl.int64), (n < N)[None, :]
+    srow = scale_row(tl.zeros((1, 1), tl.int64), row, N, FMT)
+    xrow = tl.zeros((1,), tl.int64) + m.to(tl.int64) * ldx
+    acc = tl.zeros((1, R, BK if FMT == "model" or FMT == "int8" else BK // G), tl.float32)
+    for k0 in tl.range(0, K, BK, num_stages=STAGES):
+        acc = multiply_rows(acc, w_ptr, s_ptr, z_ptr, row, srow, ok, x_ptr, xrow, k0, K, ldw, lds, FMT, G, BK, NATIVE)
+    y = tl.sum(tl.sum(acc, 2), 0)
+    if FMT == "int8":
+        y *= tl.load(s_ptr + n, mask=n < N, other=0.0)
+    if BIAS:
+        y += tl.load(b_ptr + n, mask=n < N, other=0.0).to(tl.float32)
+    tl.store(y_ptr + m.to(tl.int64) * N + n, narrow(y, y_ptr.dtype.element_ty), mask=n < N)
+
+
+@triton.jit
+def _tiles_kernel(
+    x_ptr, w_ptr, s_ptr, z_ptr, b_ptr, y_ptr, M, N, K, ldx, ldw, lds, span,
+    FMT: tl.constexpr, G: tl.constexpr, BIAS: tl.constexpr, NATIVE: tl.constexpr, SPLIT: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr,
+):  # fmt: skip
+    NIBBLES: tl.constexpr = FMT == "int4" or FMT == "int4zp" or FMT == "mxfp4"
+    pid, part = tl.program_id(0), tl.program_id(1)
+    m_tiles, n_tiles = tl.cdiv(M, BM), tl.cdiv(N, BN)
+    in_group = GROUP * n_tiles
+    first = pid // in_group * GROUP
+    size = tl.minimum(m_tiles - first, GROUP)
+    m = (first + pid % in_group % size) * BM + tl.arange(0, BM)
+    n = pid % in_group // size * BN + tl.arange(0, BN)
+    there, ok = m < M, n < N
+    xrow = m.to(tl.int64) * ldx
+    row = n.to(tl.int64)
+    srow = scale_row(tl.zeros((1,), tl.int64), row, N, FMT)
+    acc = tl.zeros((BN, BM), tl.float32)
+    for k0 in tl.range(part * span, tl.minimum((part + 1) * span, K), BK):
+        low, high = load_inputs(x_ptr, xrow, there, k0, K, NIBBLES, BK)
+        acc = multiply_tile(acc, low, high, w_ptr, s_ptr, z_ptr, row, srow, ok, k0, K, ldw, lds, FMT, G, BK, NATIVE)
+    if FMT == "int8":
+        acc *= tl.load(s_ptr + n, mask=ok, other=0.0)[:, None]
+    at = m.to(tl.int64)[None, :] * N + n[:, None]
+    if SPLIT > 1:
+        tl.store(y_ptr + part.to(tl.int64) * M * N + at, acc, mask=ok[:, None] & there[None, :])
+    else:
+        if BIAS:
+            acc += tl.load(b_ptr + n, mask=ok, other=0.0).to(tl.float32)[:, None]
+        tl.store(y_ptr + at, narrow(acc, y_ptr.dtype.element_ty), mask=ok[:, None] & there[None, :])
+
+
+@triton.jit
+def _add_parts_kernel(parts_ptr, b_ptr, y_ptr, MN, N, BIAS: tl.constexpr, SPLIT: tl.constexpr, BLOCK: tl.constexpr):
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    y = tl.zeros((BLOCK,), tl.float32)
+    for part in tl.static_range(SPLIT):
+        y += tl.load(parts_ptr + part * MN + at, mask=at < MN, other=0.0)
+    if BIAS:
+        y += tl.load(b_ptr + at % N, mask=at < MN, other=0.0).to(tl.float32)
+    tl.store(y_ptr + at, narrow(y, y_ptr.dtype.element_ty), mask=at < MN)
+
+
+@dataclass(frozen=True)
+class LinearConfig:
+    """rows: one program per R output rows and input; else tiles of BM inputs by BN rows over a SPLIT reduction."""
+
+    rows: bool
+    R: int = 4
+    BM: int = 16
+    BN: int = 64
+    BK: int = 64
+    SPLIT: int = 1
+    GROUP: int = 8
+    num_warps: int = 4
+    num_stages: int = 4
+
+
+def linear_config(weight: StoredWeight, M: int, N: int, K: int, itemsize: int) -> LinearConfig:
+    """A choice by shape alone; ``ktfx.tuning`` may know a better one."""
+    if M <= 2:
+        BK = min(1024 if weight.nibbles else 512, max(pow2(K), 16))
+        return LinearConfig(True, R=4, BK=max(BK, weight.group), num_stages=1)
+    BM = 16 if M <= 16 else 32 if M <= 32 else 64 if M <= 64 else 128
+    small = BM <= 32
+    BN = 64 if small or weight.fmt == "model" else 128
+    BK = weight.group if weight.nibbles and weight.group < 128 else 64 if itemsize == 2 else 32
+    tiles = cdiv(M, BM) * cdiv(N, BN)
+    # Two programs a multiprocessor keep the memory busy; no part shorter than 256.
+    split = max(1, min(2 * sm_count(weight.data.device) // tiles, K // 256, 16)) if BM <= 64 else 1
+    warps, stages = (4, 4) if small else (8, 3)
+    return LinearConfig(False, BM=BM, BN=BN, BK=BK, SPLIT=split, num_warps=warps, num_stages=stages)
+
+
+def linear(
+    x: torch.Tensor,
+    tensors: Sequence[torch.Tensor],
+    bias: torch.Tensor | None,
+    weights: str,
+    N: int,
+    config: LinearConfig | None = None,
+    out: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """x (…, K), tensors: ``QuantizedWeight.tensors()`` of a weight (N, K) in the format ``weights``; returns (…, N)."""
+    K = x.shape[-1]
+    flat = x.reshape(-1, K)
+    if flat.stride(-1) != 1:
+        flat = flat.contiguous()
+    M = flat.shape[0]
+    y = torch.empty(*x.shape[:-1], N, dtype=x.dtype, device=x.device) if out is None else out
+    if M == 0:
+        return y
+    weight = stored_weight(weights, tensors)
+    c = config or linear_config(weight, M, N, K, x.element_size())
+    b = weight.data if bias is None else bias
+    shared = {"BIAS": bias is not None, **weight.constants()}
+    if c.rows:
+        _rows_kernel[(cdiv(N, c.R), M)](
+            flat, weight.data, weight.scales, weight.zeros, b, y, N, K, flat.stride(0), weight.ldw, weight.lds,
+            R=c.R, BK=c.BK, STAGES=c.num_stages, num_warps=c.num_warps, **shared,
+        )  # fmt: skip
+        return y
+    span = cdiv(cdiv(K, c.SPLIT), max(c.BK, weight.group)) * max(c.BK, weight.group)  # parts begin at whole groups
+    split = cdiv(K, span)
+    target = torch.empty(split, M, N, dtype=torch.float32, device=x.device) if split > 1 else y
+    _tiles_kernel[(cdiv(M, c.BM) * cdiv(N, c.BN), split)](
+        flat, weight.data, weight.scales, weight.zeros, b, target,
+        M, N, K, flat.stride(0), weight.ldw, weight.lds, span,
+        SPLIT=split, BM=c.BM, BN=c.BN, BK=c.BK, GROUP=c.GROUP, num_warps=c.num_warps, num_stages=c.num_stages, **shared,
+    )  # fmt: skip
+    if split > 1:
+        _add_parts_kernel[(cdiv(M * N, 1024),)](target, b, y, M * N, N, BIAS=bias is not None, SPLIT=split, BLOCK=1024)
+    return y

@@ -1,0 +1,162 @@
+"""Products with a stored weight, the two shapes every matmul family builds on.
+
+``multiply_rows`` is for one vector: weight rows times x in float32 on the ordinary units, which is all that reading at
+full bandwidth needs. ``multiply_tile`` is for many: tensor cores, with the weight as the left operand.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from ktfx.triton_kernels.dequant import e2m1, e4m3, group_offset, load_group_scale, narrow, nibbles, product
+from ktfx.triton_kernels.launch import bytes_view, native_fp8
+
+from ktfx.formats import FP8_BLOCK, parse_format
+
+
+@triton.jit
+def scale_row(e, n, N, FMT: tl.constexpr):
+    """Which row of the scales belongs to row n of expert e."""
+    if FMT == "fp8":
+        return e * ((N + 127) // 128) + n // 128
+    return e * N + n
+
+
+@triton.jit
+def multiply_rows(
+    acc, w_ptr, s_ptr, z_ptr, row, srow, ok, x_ptr, xrow, k0, K, ldw, lds,
+    FMT: tl.constexpr, G: tl.constexpr, BK: tl.constexpr, NATIVE: tl.constexpr,
+):  # fmt: skip
+    """acc += w[row, k0:k0+BK] · x[xrow, k0:k0+BK], still unsummed along k (model, int8) or along groups.
+
+    row, srow, ok: (L, R), weight rows, scale rows and which exist; xrow: (L or 1,) element offsets of the inputs.
+    acc: (L, R, BK), or (L, R, BK / G) for formats with groups.
+    """
+    if FMT == "model" or FMT == "int8":
+        k = k0 + tl.arange(0, BK)
+        x = tl.load(x_ptr + xrow[:, None] + k[None, :], mask=(k < K)[None, :], other=0.0).to(tl.float32)
+        w = tl.load(
+            w_ptr + row[:, :, None] * ldw + k[None, None, :], mask=ok[:, :, None] & (k < K)[None, None, :], other=0
+        )
+        acc += w.to(tl.float32) * x[:, None, :]
+    else:
+        NG: tl.constexpr = BK // G
+        g = k0 // G + tl.arange(0, NG)
+        at, there = srow[:, :, None] * lds + g[None, None, :], ok[:, :, None] & (g * G < K)[None, None, :]
+        scale = load_group_scale(s_ptr, at, there, FMT)
+        if FMT == "fp8":
+            k = g[:, None] * G + tl.arange(0, G)[None, :]
+            x = tl.load(x_ptr + xrow[:, None, None] + k[None, :, :], mask=(k < K)[None, :, :], other=0.0)
+            w = tl.load(
+                w_ptr + row[:, :, None, None] * ldw + k[None, None, :, :],
+                mask=ok[:, :, None, None] & (k < K)[None, None, :, :], other=0,
+            )  # fmt: skip
+            acc += tl.sum(e4m3(w, NATIVE) * x.to(tl.float32)[:, None, :, :], 3) * scale
+        else:
+            c = tl.arange(0, G // 2)
+            k = g[:, None] * G + (c // 16 * 32 + c % 16)[None, :]
+            x_low = tl.load(x_ptr + xrow[:, None, None] + k[None, :, :], mask=(k < K)[None, :, :], other=0.0)
+            k += 16
+            x_high = tl.load(x_ptr + xrow[:, None, None] + k[None, :, :], mask=(k < K)[None, :, :], other=0.0)
+            col = g[:, None] * (G // 2) + c[None, :]
+            data = tl.load(
+                w_ptr + row[:, :, None, None] * ldw + col[None, None, :, :], mask=there[:, :, :, None], other=0
+            )
+            if FMT == "mxfp4":
+                low, high = e2m1(data)
+            else:
+                low, high = nibbles(data, group_offset(z_ptr, at, there, FMT)[:, :, :, None])
+            part = low * x_low.to(tl.float32)[:, None, :, :] + high * x_high.to(tl.float32)[:, None, :, :]
+            acc += tl.sum(part, 3) * scale
+    return acc
+
+
+@triton.jit
+def load_inputs(x_ptr, xrow, there, k0, K, NIBBLES: tl.constexpr, BK: tl.constexpr):
+    """x[xrow, k0:k0+BK] transposed, (BK, BM); for nibbles the two (BK/2, BM) halves that meet low and high values."""
+    if NIBBLES:
+        c = tl.arange(0, BK // 2)
+        k = k0 + c // 16 * 32 + c % 16
+        low = tl.load(x_ptr + xrow[None, :] + k[:, None], mask=there[None, :] & (k < K)[:, None], other=0.0)
+        k += 16
+        high = tl.load(x_ptr + xrow[None, :] + k[:, None], mask=there[None, :] & (k < K)[:, None], other=0.0)
+    else:
+        k = k0 + tl.arange(0, BK)
+        low = tl.load(x_ptr + xrow[None, :] + k[:, None], mask=there[None, :] & (k < K)[:, None], other=0.0)
+        high = low
+    return low, high
+
+
+@triton.jit
+def multiply_tile(
+    acc, low_x, high_x, w_ptr, s_ptr, z_ptr, row, srow, ok, k0, K, ldw, lds,
+    FMT: tl.constexpr, G: tl.constexpr, BK: tl.constexpr, NATIVE: tl.constexpr,
+):  # fmt: skip
+    """acc (BN, BM) += w[row, k0:k0+BK] · x; weights become x's dtype, scales and all (int8's scale is the caller's)."""
+    DT: tl.constexpr = low_x.dtype
+    BN: tl.constexpr = row.shape[0]
+    if FMT == "model" or FMT == "int8" or FMT == "fp8":
+        k = k0 + tl.arange(0, BK)
+        w = tl.load(w_ptr + row[:, None] * ldw + k[None, :], mask=ok[:, None] & (k < K)[None, :], other=0)
+        if FMT == "fp8":
+            scale = load_group_scale(s_ptr, srow * lds + k0 // G, ok, FMT)
+            w = e4m3(w, NATIVE) * scale[:, None]
+        acc = product(narrow(w, DT), low_x, acc)
+    else:
+        # A tile is whole groups (3-d, one scale a group), or lies inside one group.
+        NG: tl.constexpr = BK // G if BK > G else 1
+        GB: tl.constexpr = BK // NG // 2
+        g = k0 // G + tl.arange(0, NG)
+        there = ok[:, None] & (g * G < K)[None, :]
+        at = srow[:, None] * lds + g[None, :]
+        col = k0 // 2 + tl.arange(0, NG)[:, None] * GB + tl.arange(0, GB)[None, :]
+        data = tl.load(w_ptr + row[:, None, None] * ldw + col[None, :, :], mask=there[:, :, None], other=0)
+        scale = load_group_scale(s_ptr, at, there, FMT)[:, :, None]
+        if FMT == "mxfp4":
+            low, high = e2m1(data)
+        else:
+            low, high = nibbles(data, group_offset(z_ptr, at, there, FMT)[:, :, None])
+        acc = product(narrow(low * scale, DT).reshape(BN, NG * GB), low_x, acc)
+        acc = product(narrow(high * scale, DT).reshape(BN, NG * GB), high_x, acc)
+    return acc
+
+
+@dataclass(frozen=True)
+class StoredWeight:
+    """A weight as kernels take it: (N, K) or a stack in ``fmt``, rows of ldw elements or bytes and lds scales."""
+
+    data: torch.Tensor
+    scales: torch.Tensor
+    zeros: torch.Tensor
+    fmt: str
+    group: int
+    ldw: int
+    lds: int
+
+    @property
+    def grouped(self) -> bool:
+        """Whether scales belong to groups along k, not to whole rows."""
+        return self.fmt not in ("model", "int8")
+
+    @property
+    def nibbles(self) -> bool:
+        return self.fmt in ("int4", "int4zp", "mxfp4")
+
+    def constants(self) -> dict[str, object]:
+        """The launch arguments that name the format."""
+        native = self.fmt == "fp8" and native_fp8(self.data.device)
+        return {"FMT": self.fmt, "G": max(self.group, 1), "NATIVE": native}
+
+
+def stored_weight(name: str, tensors: Sequence[torch.Tensor]) -> StoredWeight:
+    """``QuantizedWeight.tensors()``, contiguous, for a launch."""
+    form, group = parse_format(name)
+    data = bytes_view(tensors[0])
+    scales = tensors[1] if len(tensors) > 1 else data
+    zeros = tensors[2] if len(tensors) > 2 else data
+    lds = scales.shape[-1] if form.name not in ("model", "int8") else 1
+    return StoredWeight(data, scales, zeros, form.name, group if form.name != "fp8" else FP8_BLOCK, data.shape[-1], lds)
