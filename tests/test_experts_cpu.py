@@ -77,7 +77,7 @@ def test_all_tokens_on_one_expert_and_an_expert_twice():
     assert_near(
         CPU_KERNEL.forward(spec, x, ids, weights, CPU_KERNEL.pack(spec, tensors, torch.device("cpu"))), want, 1e-5
     )
-    assert_near(aten_experts(spec, x, ids, weights, tensors), want, 1e-5)
+    assert_near(aten_experts(spec, x, ids, weights, list(tensors.values())), want, 1e-5)
 
 
 @pytest.mark.parametrize("bad", [-1, 4, 2**31 - 1])

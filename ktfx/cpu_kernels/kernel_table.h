@@ -1,0 +1,74 @@
+// What one instruction set offers the driver in experts.cpp. Each isa_*.cpp fills one table from tiles.inl.
+#pragma once
+#include "ktfx_cpu.h"
+
+namespace ktfx {
+
+constexpr int kTile = 16;         // outputs a tile
+constexpr int kMaxRows = 12;      // rows a register tile can have
+constexpr int kFp8Block = 128;
+constexpr int kBlock8 = 32;       // inputs that share an int8 activation scale
+constexpr int kBlock16 = 64;      // inputs that share an int16 activation scale
+constexpr int kAmxChunk = 32;
+
+// How the rows of an expert's input lie for the tile kernels.
+enum Panel { kPanelF32 = 0, kPanelI16 = 1, kPanelI8 = 2, kPanelBf16Rows = 3 };
+
+struct TileArgs {
+  const uint8_t* w;    // the tile
+  const ktfx_matrix* m;
+  const void* x;       // the row block: F32 [Kp][mr], I16 and I8 [Kp/4][mr][4] with k in the order 0 2 1 3 (I16)
+  const float* dx;     // [Kp/block][mr] activation scales
+  const int32_t* sx;   // [Kp/block][mr] sums of the block's quantised activations
+  float* c;            // [mr][16], written if first, else added to
+  int32_t k0, k1;      // multiples of 128, or Kp
+  int32_t block;       // inputs an activation scale
+  bool first;
+};
+
+using TileFn = void (*)(const TileArgs*);
+
+struct KernelTable {
+  const char* name;
+  int rows_f32, rows_i16, rows_i8;  // the largest register tile
+  TileFn f32[4][kMaxRows + 1];       // by format F32..FP8, rows
+  TileFn i16[4][3][kMaxRows + 1];    // by format INT8..MXFP4, scale dtype, rows
+  TileFn i8[4][3][kMaxRows + 1];
+  // AMX: rows x K in bf16 (row stride ldx elements) times two tiles; c0 and c1 are [rows][16]. Null without AMX.
+  void (*amx)(const ktfx_matrix* m, const uint8_t* w0, const uint8_t* w1, const uint16_t* x, int64_t ldx, int rows,
+              float* c0, float* c1, uint16_t* scratch);
+  void (*amx_begin)();
+  void (*amx_end)();
+  void (*to_f32)(const void* x, int dtype, float* out, int64_t n, float factor);
+  void (*from_f32)(const float* x, void* out, int dtype, int64_t n);
+  // One row of K floats to int16 or int8 in blocks; writes q in panel order, dx and sx per block (stride apart).
+  void (*quantize)(const float* x, int64_t n, int block, int bits, void* q, int64_t q_stride, float* dx, int32_t* sx,
+                   int64_t stride);
+  // 16 columns of one row: h = act(gate) * up and kin; s and b (16 each) may be null.
+  void (*activate)(const ktfx_layer* layer, const float* gate, const float* up, const float* s_gate, const float* s_up,
+                   const float* b_gate, const float* b_up, float* h);
+  void (*axpy)(float* out, const float* y, const float* scale, const float* bias, float a, int64_t n);
+  // mr rows of n floats (pointers in rows) to [n][mr].
+  void (*interleave)(const float* const* rows, int mr, int64_t n, float* out);
+  // 16 rows of n words to [n][16].
+  void (*transpose)(const uint32_t* const* rows, int64_t n, uint32_t* out);
+  // One row of Kp floats to the words that transpose takes, with its scales and zeros, rounded as ktfx/formats.py does.
+  // FP8 reads its scales (one per 128) from scale_in. false: the row holds NaN or inf.
+  bool (*encode)(const ktfx_matrix* m, const float* x, const float* scale_in, uint32_t* words, void* scales,
+                 uint8_t* zeros);
+  double (*sum)(const uint8_t* data, int64_t bytes);  // reads every byte
+  double (*fma)(int64_t rounds);                      // returns the float operations done
+};
+
+const KernelTable* table_portable();
+const KernelTable* table_amx_emulated();
+#if defined(__x86_64__)
+const KernelTable* table_avx2();
+const KernelTable* table_avx512();
+const KernelTable* table_amx();
+#endif
+
+// The factor put on float activations and its inverse on the result, so that the exponent trick of FP8 stays in range.
+inline float input_factor(int format) { return format == KTFX_FMT_FP8 ? 0x1p60f : 1.0f; }
+
+}  // namespace ktfx

@@ -1,0 +1,113 @@
+// The C ABI of the CPU kernels. No torch headers: one binary serves every torch version, Python calls it by ctypes, and
+// a CUDA graph's host function calls ktfx_host_call with a pointer argument.
+#pragma once
+#include <stddef.h>
+#include <stdint.h>
+
+#define KTFX_ABI 1
+#define KTFX_MESSAGE 192
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+#pragma GCC visibility push(default)
+
+enum ktfx_dtype { KTFX_F32 = 0, KTFX_BF16 = 1, KTFX_F16 = 2, KTFX_I32 = 3, KTFX_I64 = 4, KTFX_E8M0 = 5 };
+enum ktfx_format {
+  KTFX_FMT_F32 = 0,
+  KTFX_FMT_BF16 = 1,
+  KTFX_FMT_F16 = 2,
+  KTFX_FMT_FP8 = 3,     // e4m3, one float scale per 128 x 128
+  KTFX_FMT_INT8 = 4,    // one float scale per output
+  KTFX_FMT_INT4 = 5,    // code - 8, a scale per group along the input
+  KTFX_FMT_INT4ZP = 6,  // code - zero
+  KTFX_FMT_MXFP4 = 7,   // e2m1, an exponent per 32
+};
+enum ktfx_activation {
+  KTFX_SILU = 0,
+  KTFX_GELU = 1,
+  KTFX_GELU_TANH = 2,
+  KTFX_RELU = 3,
+  KTFX_RELU2 = 4,
+  KTFX_NONE = 5
+};
+enum ktfx_gate { KTFX_GATE_MUL = 0, KTFX_GATE_CLAMPED = 1, KTFX_GATE_NONE = 2 };
+enum ktfx_status { KTFX_OK = 0, KTFX_BAD_ID = 1, KTFX_BAD_ARGUMENT = 2, KTFX_NO_MEMORY = 3, KTFX_SHUT_DOWN = 4 };
+
+// How one weight matrix of every expert lies; filled by ktfx_matrix_layout.
+typedef struct {
+  int32_t format, group, scale_dtype;  // group: inputs that share a scale, 0 = all
+  int32_t N, K, Kp, tiles;             // outputs, inputs, inputs padded, tiles of 16 outputs
+  int32_t paired;                      // 1: tiles alternate gate, up (N = 2I)
+  int64_t tile_bytes, scale_offset, zero_offset;
+} ktfx_matrix;
+
+typedef struct {
+  int32_t num_experts, hidden, intermediate;
+  int32_t activation, gate;
+  float alpha, limit;
+  int32_t int8_activations;  // 1: 4-bit formats may round activations to int8 per 32
+  ktfx_matrix up, down;
+  const uint8_t *up_weights, *down_weights;  // num_experts x tiles x tile_bytes, 64-byte aligned
+  const float *up_bias, *down_bias;          // (E, 2I or I), gate then up; (E, H); or NULL
+} ktfx_layer;
+
+typedef struct {
+  const ktfx_layer* layer;
+  const void *x, *ids, *weights;  // (T, H), (T, K), (T, K), contiguous
+  void* out;                      // (T, H) in x's dtype
+  int64_t tokens;
+  int32_t chosen, x_dtype, id_dtype, weight_dtype;
+  int32_t status;  // ktfx_status, written by the call
+  char message[KTFX_MESSAGE];
+} ktfx_call;
+
+// A weight to pack: one expert's (N, K) matrix with its own strides (in elements), or its part of a
+// formats.QuantizedWeight (contiguous).
+typedef struct {
+  const void* data;
+  int32_t dtype;  // of data when it holds floats
+  int64_t row_stride, column_stride;
+  int32_t interleaved;  // rows g0, u0, g1, u1, ...
+  int32_t quantized;    // 1: data, scales and zeros are a QuantizedWeight's
+  const void *scales, *zeros;
+} ktfx_source;
+
+int32_t ktfx_abi(void);
+const char* ktfx_isa(void);              // the path in force
+const char* ktfx_isas(void);             // comma-separated, those this machine can run
+int32_t ktfx_set_isa(const char* name);  // 0, or KTFX_BAD_ARGUMENT where this machine cannot run it
+int32_t ktfx_amx_rows(void);             // rows of one expert from which the AMX path takes it
+int32_t ktfx_threads(void);
+int32_t ktfx_set_threads(int32_t threads, int32_t shares);  // 0: what the machine has; waits for running calls
+int32_t ktfx_shares(void);
+
+int32_t ktfx_matrix_layout(ktfx_matrix* m, int32_t format, int32_t group, int32_t scale_dtype, int32_t N, int32_t K,
+                           int32_t paired);
+// Packs `experts` sources into out (experts x tiles x tile_bytes, 64-byte aligned) on all threads.
+int32_t ktfx_pack(const ktfx_matrix* m, const ktfx_source* sources, int32_t experts, uint8_t* out, char* message);
+// One expert's tiles to floats (N, K), gate rows then up rows: the weights that the kernels compute with.
+int32_t ktfx_unpack(const ktfx_matrix* m, const uint8_t* packed, float* out);
+// Before packing: huge pages, and every node's share of every expert in that node's memory.
+void ktfx_place(uint8_t* data, const ktfx_matrix* m, int32_t experts, int32_t is_down);
+
+int32_t ktfx_experts(ktfx_call* call);
+int64_t ktfx_submit(const ktfx_call* call);         // copies the call; a ticket > 0
+int32_t ktfx_wait(int64_t ticket, char* message);   // the call's status; a ticket can be waited for once
+void ktfx_host_call(void* call);                    // a ktfx_call*: what cudaLaunchHostFunc takes
+
+// A thread that watches flags in pinned memory: when *start becomes 1 it clears it, runs the call and sets *done to 1
+// (2 if the call failed: its message is in the call). Every way out sets *done, so a waiting stream cannot hang.
+typedef struct ktfx_poller ktfx_poller;
+ktfx_poller* ktfx_poller_create(void);
+int32_t ktfx_poller_add(ktfx_poller*, ktfx_call* call, volatile uint32_t* start, volatile uint32_t* done);
+void ktfx_poller_arm(ktfx_poller*, int32_t on);  // armed it polls, else it sleeps
+void ktfx_poller_destroy(ktfx_poller*);
+
+double ktfx_measure_read(const void* data, int64_t bytes);  // bytes per second, all threads, the same pool
+double ktfx_measure_fma(void);                              // float operations per second, all threads
+
+#pragma GCC visibility pop
+#ifdef __cplusplus
+}
+#endif
