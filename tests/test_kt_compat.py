@@ -334,3 +334,20 @@ def test_cuda_and_cuda_0_are_one_device_but_json_keeps_the_spelling() -> None:
     assert resolution.device_names() == ["cuda:0"]
     assert resolution.to_json()["lm_head"]["generate_device"] == "cuda"
     assert resolution.to_json()["lm_head"]["prefill_device"] is None
+
+
+def test_an_unmatched_child_goes_to_the_default_device_and_not_to_its_parents() -> None:
+    text = '- match: {name: "^model$"}\n  replace: {class: default, kwargs: {device: "cuda:3"}}\n'
+    resolution = resolve(parse_ruleset(text), meta_models.deepseek_v2_small())
+    assert resolution.of("model").generate.device == "cuda:3"
+    norm = resolution.of("model.norm")
+    assert (norm.generate.device, norm.reason) == ("cuda:0", "default")
+    closed = resolve(parse_ruleset(text + "  recursive: false\n"), meta_models.deepseek_v2_small())
+    norm = closed.of("model.norm")
+    assert (norm.generate.device, norm.reason, norm.inherited_from) == ("cuda:3", "inherited", "model")
+
+
+def test_the_first_transfer_map_counts() -> None:
+    snippet = (DATA / "tutorial" / "1-transfer-map.yaml").read_text()
+    rules = parse_ruleset(snippet + snippet.replace('30: "cuda:1"', '30: "cuda:2"\n        40: "cuda:3"'))
+    assert rules.transfer_map == {30: "cuda:1"}
