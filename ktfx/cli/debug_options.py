@@ -16,18 +16,20 @@ ModelArgument = Annotated[
 ]
 RulesOption = Annotated[
     str | None,
-    typer.Option("--rules", "-r", metavar="RULES", help="A rule file, or the name of one that ships. Default: by model type."),
+    typer.Option(
+        "--rules", "-r", metavar="RULES", help="A rule file, or the name of one that ships. Default: by model type."
+    ),
 ]
 Simulate = Annotated[
     str | None,
-    typer.Option("--simulate", metavar="DEVICE", help="Run device names that this machine lacks on DEVICE, usually cpu."),
+    typer.Option(
+        "--simulate", metavar="DEVICE", help="Run device names that this machine lacks on DEVICE, usually cpu."
+    ),
 ]
 Layers = Annotated[
     int | None, typer.Option("--layers", metavar="N", help="Only the first N layers, with random weights.")
 ]
-Tiny = Annotated[
-    bool, typer.Option("--tiny", help="Small widths and random weights: the structure without the size.")
-]
+Tiny = Annotated[bool, typer.Option("--tiny", help="Small widths and random weights: the structure without the size.")]
 Tokens = Annotated[int, typer.Option("--tokens", metavar="N", min=2, help="Length of the prompt that is run.")]
 Phase = Annotated[str, typer.Option("--phase", help="prefill, generate or both.")]
 Backend = Annotated[

@@ -28,6 +28,7 @@ from ktfx.cli.lint import lint
 from ktfx.cli.resolve import resolve
 from ktfx.cli.rules import rules
 from ktfx.cli.run import run
+from ktfx.cli.trace import trace
 
 _ABOUT = "Run Mixture-of-Experts models too large for one GPU, over GPUs and host, by the rules in a YAML file."
 _CODES = "\n\n".join(f"[cyan]{int(code):>3}[/cyan]  {meaning}" for code, meaning in common.MEANING.items())
@@ -43,6 +44,8 @@ app = typer.Typer(
 )
 for command in (run, explain, resolve, lint, rules, doctor):
     app.command()(command)
+for command in (trace,):
+    app.command(rich_help_panel="Seeing what the passes do")(command)
 
 
 def _print_version(wanted: bool) -> None:

@@ -25,8 +25,9 @@ COLOURS = ("cyan", "magenta", "green", "blue", "bright_red", "bright_cyan", "bri
 class PlacementRow:
     """Modules that are placed alike and for the same reason.
 
-    label: ``model.layers.0-3.mlp.experts``. paths: the modules themselves. nbytes: their weights, with what lies
-    inside them and has no row of its own; both copies where the phases differ.
+    label: ``model.layers.0-3.mlp.experts``. paths: the modules themselves. leaves: the last names of siblings that
+    share the row. nbytes: their weights, with what lies inside them and has no row of its own; both copies where the
+    phases differ.
     """
 
     label: str
@@ -34,6 +35,7 @@ class PlacementRow:
     why: str
     paths: list[str] = field(default_factory=list)
     layers: list[int] = field(default_factory=list)
+    leaves: list[str] = field(default_factory=list)
     nbytes: int = 0
 
     @property
@@ -66,23 +68,16 @@ def _phase_json(place: PhasePlacement) -> dict[str, Any]:
 def placement_rows(resolution: Resolution, plans: Iterable[WeightPlan] = ()) -> list[PlacementRow]:
     """The rows, in the order of the model's modules. A module gets one if it is not placed as its parent is."""
     plans = list(plans)
-    named = _named_though_default(resolution, {plan.module for plan in plans})
+    weighted = {plan.module for plan in plans}
+    named = _always_named(resolution, weighted)
     rows: dict[tuple[object, ...], PlacementRow] = {}
     row_of: dict[str, PlacementRow] = {}
     for path, placement in resolution.placements.items():
         parent = resolution.placements[path.rpartition(".")[0]] if path else None
-        if parent is not None and path not in named and not _has_own_row(placement, parent):
+        if parent is not None and path not in named and not _has_own_row(placement, parent, path in weighted):
             row_of[path] = row_of[parent.module]
             continue
-        template = _template(path, placement.layer, resolution)
-        key = (
-            template,
-            placement.prefill,
-            placement.generate,
-            id(placement.rule),
-            placement.reason,
-            placement.out_device,
-        )
+        key = (_template(path, placement.layer, resolution), *_sameness(placement))
         if key not in rows:
             rows[key] = PlacementRow(path, placement, why(placement))
         row = row_of[path] = rows[key]
@@ -97,24 +92,50 @@ def placement_rows(resolution: Resolution, plans: Iterable[WeightPlan] = ()) -> 
     found = list(rows.values())
     if found and found[0].paths == [""] and not found[0].nbytes and len(found) > 1:
         found = found[1:]
-    return found
+    return _siblings_joined(found)
 
 
-def _has_own_row(placement: ModulePlacement, parent: ModulePlacement) -> bool:
+def _sameness(placement: ModulePlacement) -> tuple[object, ...]:
+    """Equal for modules that are placed alike, for the same reason."""
+    return (placement.prefill, placement.generate, id(placement.rule), placement.reason, placement.out_device)
+
+
+def _has_own_row(placement: ModulePlacement, parent: ModulePlacement, has_weights: bool) -> bool:
     if (placement.prefill.device, placement.generate.device) != (parent.prefill.device, parent.generate.device):
         return True
     if placement.reason == "rule":
-        ops = (placement.prefill.op, placement.generate.op, placement.prefill.weights, placement.generate.weights)
-        inherited = (parent.prefill.op, parent.generate.op, parent.prefill.weights, parent.generate.weights)
-        return placement.rule is not parent.rule or ops != inherited
+        same_ops = all(
+            operator_text(placement.at(phase)) == operator_text(parent.at(phase)) for phase in ("prefill", "generate")
+        )
+        return not same_ops or (has_weights and placement.rule is not parent.rule)
     return placement.reason == "layers" and parent.reason == "default"
 
 
-def _named_though_default(resolution: Resolution, weighted: set[str]) -> set[str]:
-    """Modules that get a row though they follow the root: the layers, and the few with weights outside them."""
+def _siblings_joined(rows: list[PlacementRow]) -> list[PlacementRow]:
+    """Rows of one parent that are placed alike become one: ``mlp.{gate_proj, up_proj}``."""
+    parents = {path.rpartition(".")[0] for row in rows for path in row.paths}
+    joined: dict[tuple[object, ...], PlacementRow] = {}
+    for row in rows:
+        above, dot, leaf = row.label.rpartition(".")
+        inner = any(path in parents for path in row.paths)
+        key = (above, tuple(row.layers), *_sameness(row.first)) if dot and leaf and not inner else (row.label, id(row))
+        if key in joined:
+            other = joined[key]
+            other.leaves.append(leaf)
+            other.paths += row.paths
+            other.nbytes += row.nbytes
+            other.label = above + ".{" + ", ".join(other.leaves) + "}"
+        else:
+            joined[key] = row
+            row.leaves = [leaf]
+    return list(joined.values())
+
+
+def _always_named(resolution: Resolution, weighted: set[str]) -> set[str]:
+    """Modules that get a row though they may follow the root: the layers, and the few with weights outside them."""
     placements = resolution.placements.values()
     layers = {p.module for p in placements if p.layer is not None and p.module == resolution.layer_path(p.layer)}
-    outside = {p.module for p in placements if p.module in weighted and p.layer is None and p.reason == "default"}
+    outside = {p.module for p in placements if p.module in weighted and p.layer is None}
     return layers | (outside if len(outside) <= _NAMED_OUTSIDE else set())
 
 
@@ -222,4 +243,7 @@ def _parent(
     tree, parent = branches[above]
     if not above or parent is None or parent.label == REST:
         return tree, None, row.label
-    return tree, parent, path[len(above) + 1 :]
+    below = path[len(above) + 1 :]
+    if len(row.leaves) > 1:
+        below = below.removesuffix(row.leaves[0]) + "{" + ", ".join(row.leaves) + "}"
+    return tree, parent, below

@@ -10,7 +10,18 @@ import typer
 from rich.table import Table
 
 from ktfx.cli.common import Debug, Json, guarded, print_json, stdout
-from ktfx.cli.debug_options import Backend, Dtype, Layers, ModelArgument, Phase, RulesOption, Seed, Simulate, Tiny, Tokens
+from ktfx.cli.debug_options import (
+    Backend,
+    Dtype,
+    Layers,
+    ModelArgument,
+    Phase,
+    RulesOption,
+    Seed,
+    Simulate,
+    Tiny,
+    Tokens,
+)
 
 
 @guarded
@@ -39,15 +50,15 @@ def trace(
     from ktfx.debug.session import Setup, run
     from ktfx.debug.tracing import write_session
 
-    session = run(
-        Setup(model, rules, simulate, layers, tiny, dtype, tokens, phase, backend, seed, timeline=timeline)
-    )
+    session = run(Setup(model, rules, simulate, layers, tiny, dtype, tokens, phase, backend, seed, timeline=timeline))
     summary = write_session(session, output, save_inputs=inputs, command=["ktfx", *sys.argv[1:]])
     if as_json:
         return print_json(summary)
     console = stdout()
     for graph in summary["graphs"]:
-        table = Table(title=f"{graph['phase']}: {graph['folder']}", title_justify="left", box=None, padding=(0, 2, 0, 0))
+        table = Table(
+            title=f"{graph['phase']}: {graph['folder']}", title_justify="left", box=None, padding=(0, 2, 0, 0)
+        )
         for heading in ("pass", "ms", "rewrites", "misses", "nodes", "added", "removed", "changed"):
             table.add_column(heading, justify="left" if heading == "pass" else "right")
         for entry in graph["passes"]:

@@ -1,6 +1,6 @@
 """The published shapes of the models that rule files ship for: a ``config.json`` each, by hand from public facts.
 
-``tests/model_shapes/deepseek-v3`` can be given wherever a model directory is asked for and no weights are needed.
+They ship as ``ktfx/shapes``, so that ``ktfx explain RULES --model deepseek-v3`` needs no download.
 """
 
 from __future__ import annotations
@@ -13,7 +13,9 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.modeling_utils import PreTrainedModel
 
-FOLDER = Path(__file__).parent
+import ktfx
+
+FOLDER = Path(ktfx.__file__).parent / "shapes"
 
 
 @dataclass(frozen=True)
