@@ -17,14 +17,12 @@ ModelArgument = Annotated[
 RulesOption = Annotated[
     str | None,
     typer.Option(
-        "--rules", "-r", metavar="RULES", help="A rule file, or the name of one that ships. Default: by model type."
+        "--rules", "-r", metavar="RULES", help="A rule file, or the name of one that ships; default: by model."
     ),
 ]
 Simulate = Annotated[
     str | None,
-    typer.Option(
-        "--simulate", metavar="DEVICE", help="Run device names that this machine lacks on DEVICE, usually cpu."
-    ),
+    typer.Option("--simulate", metavar="DEVICE", help="Run devices that this machine lacks on DEVICE, usually cpu."),
 ]
 Layers = Annotated[
     int | None, typer.Option("--layers", metavar="N", help="Only the first N layers, with random weights.")
