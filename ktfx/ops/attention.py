@@ -1,0 +1,98 @@
+"""Attention of one new token over a cache: ``ktfx::attention_decode``, and its definition in ATen."""
+
+from __future__ import annotations
+
+import torch
+
+from ktfx.errors import KtfxError
+from ktfx.ops.triton_loader import kernels, runs_kernels
+
+
+def attention_decode_reference(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    lengths: torch.Tensor,
+    scale: float,
+    window: int = 0,
+    sinks: torch.Tensor | None = None,
+    softcap: float = 0.0,
+) -> torch.Tensor:
+    """The definition, in ATen over the whole cache with the invalid part masked; float32 or wider."""
+    wide = torch.promote_types(q.dtype, torch.float32)
+    group = q.shape[1] // k.shape[1]
+    position = torch.arange(k.shape[2], device=q.device)
+    length = lengths.reshape(-1, 1)
+    valid = position < length
+    if window > 0:
+        valid = valid & (position >= length - window)
+    keep = valid[:, None, None, :]
+    keys = torch.where(keep.transpose(2, 3), k.to(wide), 0.0).repeat_interleave(group, 1)
+    values = torch.where(keep.transpose(2, 3), v.to(wide), 0.0).repeat_interleave(group, 1)
+    scores = q.to(wide) @ keys.transpose(2, 3) * scale
+    if softcap > 0:
+        scores = torch.tanh(scores / softcap) * softcap
+    scores = scores.masked_fill(~keep, float("-inf"))
+    if sinks is not None:
+        sink = sinks.to(wide).view(1, -1, 1, 1).expand(scores.shape[0], -1, 1, 1)
+        scores = torch.cat((scores, sink), -1)
+    p = torch.nan_to_num(scores.softmax(-1))[..., : k.shape[2]]  # a length of 0 without sinks gives 0
+    return (p @ values).to(q.dtype)
+
+
+def _check(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, lengths: torch.Tensor, sinks: torch.Tensor | None
+) -> None:
+    problem = None
+    if q.shape[2] != 1:
+        problem = f"{q.shape[2]} query tokens", "1: decode; more go through scaled_dot_product_attention"
+    elif k.shape[:3] != v.shape[:3] or q.shape[0] != k.shape[0] or q.shape[3] != k.shape[3] or q.shape[1] % k.shape[1]:
+        shapes = f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
+        problem = shapes, "(B, Hq, 1, D), (B, Hkv, L, D), (B, Hkv, L, DV), Hkv dividing Hq"
+    elif lengths.numel() not in (1, q.shape[0]) or lengths.is_floating_point():
+        problem = f"lengths {lengths.dtype} {tuple(lengths.shape)}", f"integers, one or one for each of {q.shape[0]}"
+    elif sinks is not None and tuple(sinks.shape) != (q.shape[1],):
+        problem = f"sinks of shape {tuple(sinks.shape)}", f"({q.shape[1]},), one a query head"
+    if problem:
+        raise KtfxError(f"attention_decode got {problem[0]}", expected=problem[1], mend="check the cache's layout")
+
+
+@torch.library.custom_op("ktfx::attention_decode", mutates_args=())
+def attention_decode(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    lengths: torch.Tensor,
+    scale: float,
+    window: int = 0,
+    sinks: torch.Tensor | None = None,
+    softcap: float = 0.0,
+) -> torch.Tensor:
+    """softmax(q·kᵀ·scale)·v over the first ``lengths`` entries of a cache: (B, Hq, 1, DV) in q's dtype, contiguous.
+
+    q (B, Hq, 1, D); k (B, Hkv, L, D), v (B, Hkv, L, DV): the whole static cache, the new token written already; Hkv
+    divides Hq. lengths: integer tensor, one value or one a sequence, how many entries are valid (at most L), read on
+    the device. window: 0, or how many of the last entries count. sinks (Hq,): a logit a head that takes probability
+    and adds nothing (gpt-oss). softcap: 0, or c in c·tanh(score/c) (Gemma 2).
+    """
+    _check(q, k, v, lengths, sinks)
+    if runs_kernels(q):
+        out = torch.empty(*q.shape[:3], v.shape[3], dtype=q.dtype, device=q.device)
+        family = kernels("attention_decode")
+        result: torch.Tensor = family.attention_decode(q, k, v, lengths, scale, window, sinks, softcap, out)
+        return result
+    return attention_decode_reference(q, k, v, lengths, scale, window, sinks, softcap).contiguous()
+
+
+@attention_decode.register_fake
+def _(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    lengths: torch.Tensor,
+    scale: float,
+    window: int = 0,
+    sinks: torch.Tensor | None = None,
+    softcap: float = 0.0,
+) -> torch.Tensor:
+    return q.new_empty([*q.shape[:3], v.shape[3]])

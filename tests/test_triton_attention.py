@@ -1,0 +1,91 @@
+"""The decode attention kernels against the ATen definition in float64; the cache is poisoned where it is not valid."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from triton_cases import DEVICE, DTYPES, INTERPRETED, assert_close, needs_kernels, normal, poisoned
+
+from ktfx.ops.attention import attention_decode_reference
+
+pytestmark = needs_kernels
+
+
+def check(
+    B: int, kv: int, group: int, D: int, DV: int, capacity: int, lengths: list[int], dtype: torch.dtype,
+    parts: int | None, window: int = 0, sinks: bool = False, softcap: float = 0.0, block: int = 16, seed: int = 0,
+) -> None:  # fmt: skip
+    from ktfx.triton_kernels.attention_decode import attention_decode
+
+    q = normal(B, 1, kv * group, D, seed=seed, dtype=dtype).transpose(1, 2)
+    k = normal(B, capacity, kv, D, seed=seed + 1, dtype=dtype).transpose(1, 2)
+    v = normal(B, kv, capacity, DV, seed=seed + 2, dtype=dtype)
+    valid = torch.tensor(lengths, device=DEVICE)
+    position = torch.arange(capacity, device=DEVICE)
+    for cache in (k, v):  # what lies outside must not be read, or must not count
+        cache.masked_fill_((position >= valid.view(-1, 1)).view(-1, 1, capacity, 1), float("nan"))
+    sink = normal(kv * group, seed=seed + 3, dtype=dtype) if sinks else None
+    scale = D**-0.5
+    out = poisoned(torch.empty(B, kv * group, 1, DV, dtype=dtype, device=DEVICE))
+    attention_decode(q, k, v, valid, scale, window, sink, softcap, out, parts, block)
+    wide = [t.double() for t in (q, k, v)]
+    exact = attention_decode_reference(
+        *wide, valid, scale, window, None if sink is None else sink.double(), softcap
+    )  # fmt: skip
+    assert_close(out, exact, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_grouped_queries_over_a_partly_filled_cache(dtype: torch.dtype) -> None:
+    check(2, 2, 4, 32, 32, 70, [70, 33], dtype, parts=3)
+
+
+def test_window_sinks_and_softcap() -> None:
+    check(2, 1, 8, 16, 16, 90, [90, 5], torch.float32, parts=2, window=20, sinks=True)
+    check(1, 2, 2, 16, 16, 40, [30], torch.float32, parts=2, softcap=3.0)
+
+
+def test_lengths_of_zero_and_one_and_more_parts_than_entries() -> None:
+    check(3, 1, 2, 16, 16, 40, [0, 1, 17], torch.float32, parts=4)
+    check(2, 1, 2, 16, 16, 40, [0, 3], torch.float32, parts=4, sinks=True)
+
+
+@settings(max_examples=5 if INTERPRETED else 60, deadline=None)
+@given(
+    B=st.integers(1, 2), kv=st.integers(1, 2), group=st.integers(1, 5), D=st.integers(1, 40), DV=st.integers(1, 40),
+    capacity=st.integers(1, 70), parts=st.integers(1, 4), window=st.integers(0, 30), sinks=st.booleans(),
+    dtype=st.sampled_from(DTYPES), data=st.data(),
+)  # fmt: skip
+def test_any_shape(
+    B: int, kv: int, group: int, D: int, DV: int, capacity: int, parts: int, window: int, sinks: bool,
+    dtype: torch.dtype, data: st.DataObject,
+) -> None:  # fmt: skip
+    lengths = data.draw(st.lists(st.integers(1, capacity), min_size=B, max_size=B))
+    check(B, kv, group, D, DV, capacity, lengths, dtype, parts, window, sinks)
+
+
+def test_the_op_chooses_its_parts_and_takes_one_length_for_all() -> None:
+    q, k, v = normal(2, 4, 1, 16), normal(2, 2, 50, 16, seed=1), normal(2, 2, 50, 16, seed=2)
+    length = torch.tensor([31], device=DEVICE, dtype=torch.int32)
+    out = torch.ops.ktfx.attention_decode(q, k, v, length, 0.25)
+    assert_close(out, attention_decode_reference(q.double(), k.double(), v.double(), length, 0.25), torch.float32)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+@pytest.mark.parametrize("D", [64, 128, 192, 576])
+def test_real_sizes(D: int) -> None:
+    check(
+        2,
+        4 if D < 576 else 1,
+        8,
+        D,
+        min(D, 512),
+        3000,
+        [2900, 17],
+        torch.bfloat16,
+        parts=None,
+        block=32 if D > 256 else 64,
+    )
