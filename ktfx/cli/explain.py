@@ -11,7 +11,15 @@ from rich.text import Text
 
 from ktfx.cli import common
 from ktfx.cli.models import ModelSource, find_model, meta_model
-from ktfx.cli.placement import PlacementRow, device_colours, placement_rows, placement_table, placement_tree
+from ktfx.cli.placement import (
+    PlacementRow,
+    device_colours,
+    path_template,
+    placement_rows,
+    placement_table,
+    placement_tree,
+    span_text,
+)
 from ktfx.text import human_bytes
 
 if TYPE_CHECKING:
@@ -19,8 +27,6 @@ if TYPE_CHECKING:
 
     from ktfx.budget import WeightPlan
     from ktfx.resolve import Resolution
-
-_SHOWN_DUPLICATES = 8
 
 
 @dataclass(frozen=True)
@@ -151,13 +157,13 @@ def _print(found: Explanation, as_tree: bool) -> None:
     if as_tree:
         console.print(placement_tree(found.rows, names, type(found.model).__name__))
     else:
-        console.print(placement_table(found.rows, names))
+        console.print(placement_table(found.rows, names, console.width))
     if found.resolution.transfer_map:
         steps = ", ".join(f"{device} from layer {layer}" for layer, device in found.resolution.transfer_map.items())
         console.print(Text(f"transfer_map: the residual stream runs on {steps}", "dim"))
     console.print()
     console.print(_device_table(found))
-    for line in _duplicate_lines(found.duplicates):
+    for line in _duplicate_lines(found):
         console.print(line)
     for warning in found.resolution.warnings:
         console.print(Text.assemble(("warning  ", "yellow"), warning))
@@ -182,18 +188,22 @@ def _device_table(found: Explanation) -> Table:
     return table
 
 
-def _duplicate_lines(found: list[Duplicate]) -> list[Text]:
-    if not found:
+def _duplicate_lines(found: Explanation) -> list[Text]:
+    """The weights that exist twice, equal layers in one line."""
+    if not found.duplicates:
         return []
-    extra = sum(sum(n for _, _, n in d.copies) - max(n for _, _, n in d.copies) for d in found)
-    lines = [
-        Text.assemble(("kept twice  ", "yellow"), f"{len(found)} weights, {human_bytes(extra)} more than one copy each")
-    ]
-    for one in found[:_SHOWN_DUPLICATES]:
+    extra = sum(sum(n for _, _, n in d.copies) - max(n for _, _, n in d.copies) for d in found.duplicates)
+    text = f"{len(found.duplicates)} weights, {human_bytes(extra)} more than one copy of each"
+    lines = [Text.assemble(("kept twice  ", "yellow"), text)]
+    groups: dict[tuple[str, tuple[tuple[str, str, int], ...]], list[int]] = {}
+    for one in found.duplicates:
+        layer = found.resolution.of(one.name.rpartition(".")[0]).layer
+        key = (path_template(one.name, layer, found.resolution), one.copies)
+        groups.setdefault(key, []).extend([] if layer is None else [layer])
+    for (template, copies), layers in groups.items():
         places = ", ".join(
-            f"{device} {human_bytes(n)}" + ("" if f == "model" else f" ({f})") for device, f, n in one.copies
+            f"{device} {human_bytes(n)}" + ("" if f == "model" else f" ({f})") for device, f, n in copies
         )
-        lines.append(Text(f"  {one.name}: {places}"))
-    if len(found) > _SHOWN_DUPLICATES:
-        lines.append(Text(f"  and {len(found) - _SHOWN_DUPLICATES} more (--json lists all)", "dim"))
+        each = " each" if len(layers) > 1 else ""
+        lines.append(Text(f"  {template.replace('*', span_text(layers))}: {places}{each}"))
     return lines

@@ -6,6 +6,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from rich.console import Group, RenderableType
+from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 from rich.tree import Tree
@@ -18,6 +20,8 @@ if TYPE_CHECKING:
 
 REST = "(everything else)"
 _NAMED_OUTSIDE = 8
+_MODULE_WIDTH = 31  # what the paths get at least
+_WIDE = 100  # from here on a console has room for both phases beside each other
 COLOURS = ("cyan", "magenta", "green", "blue", "bright_red", "bright_cyan", "bright_magenta", "bright_green")
 
 
@@ -77,7 +81,7 @@ def placement_rows(resolution: Resolution, plans: Iterable[WeightPlan] = ()) -> 
         if parent is not None and path not in named and not _has_own_row(placement, parent, path in weighted):
             row_of[path] = row_of[parent.module]
             continue
-        key = (_template(path, placement.layer, resolution), *_sameness(placement))
+        key = (path_template(path, placement.layer, resolution), *_sameness(placement))
         if key not in rows:
             rows[key] = PlacementRow(path, placement, why(placement))
         row = row_of[path] = rows[key]
@@ -85,7 +89,7 @@ def placement_rows(resolution: Resolution, plans: Iterable[WeightPlan] = ()) -> 
         if placement.layer is not None:
             row.layers.append(placement.layer)
     for row in rows.values():
-        row.label = _template(row.paths[0], row.first.layer, resolution, span_text(row.layers)) or REST
+        row.label = path_template(row.paths[0], row.first.layer, resolution, span_text(row.layers)) or REST
     for plan in plans:
         row_of[plan.module].nbytes += plan.nbytes
     # The root says something only if weights, or modules without a row, follow it.
@@ -139,7 +143,7 @@ def _always_named(resolution: Resolution, weighted: set[str]) -> set[str]:
     return layers | (outside if len(outside) <= _NAMED_OUTSIDE else set())
 
 
-def _template(path: str, layer: int | None, resolution: Resolution, number: str = "*") -> str:
+def path_template(path: str, layer: int | None, resolution: Resolution, number: str = "*") -> str:
     """The path with the number of its decoder layer replaced."""
     if layer is None:
         return path
@@ -176,30 +180,56 @@ def device_colours(names: Iterable[str]) -> dict[str, str]:
     return {name: COLOURS[i % len(COLOURS)] for i, name in enumerate(names)}
 
 
-def placement_table(rows: Sequence[PlacementRow], devices: Sequence[str], title: str | None = None) -> Table:
-    """module → why → operator → device; one column a phase where they differ anywhere."""
+def placement_table(
+    rows: Sequence[PlacementRow], devices: Sequence[str], width: int, title: str | None = None
+) -> RenderableType:
+    """module → why → operator → device; one column a phase where they differ anywhere. width: of the console."""
     colours = device_colours(devices)
-    table = Table(title=title, title_justify="left", title_style="bold", box=None, header_style="dim", pad_edge=False)
-    table.add_column("module", overflow="fold")
-    table.add_column("rule", overflow="fold")
     differ = any(not row.same_in_both_phases for row in rows)
-    if differ:
-        table.add_column("prefill", overflow="fold")
-        table.add_column("generate", overflow="fold")
-    else:
-        table.add_column("operator", overflow="fold")
-        table.add_column("device", overflow="fold")
+    if differ and width < _WIDE:
+        return Group(*([Text(title, "bold")] if title else []), *(_block(row, colours) for row in rows))
+    table = Table(title=title, title_justify="left", title_style="bold", box=None, header_style="dim", pad_edge=False)
+    labels = [_table_label(row) for row in rows]
+    longest = max((len(line) for label in labels for line in label.splitlines()), default=0)
+    table.add_column("module", overflow="fold", min_width=min(longest, _MODULE_WIDTH))
+    for name in ("rule", *(("prefill", "generate") if differ else ("operator", "device"))):
+        table.add_column(name, overflow="fold")
     table.add_column("weights", justify="right", no_wrap=True)
-    for row in rows:
-        prefill, generate = row.first.prefill, row.first.generate
+    for row, label in zip(rows, labels, strict=True):
+        generate = row.first.generate
         if differ:
-            places = [_place_text(prefill, colours), _place_text(generate, colours)]
+            same = row.same_in_both_phases
+            second = Text("the same", "dim") if same else _place_text(generate, colours)
+            cells = [_place_text(row.first.prefill, colours), second]
+            _add_out_device(cells[0] if same else second, row)
         else:
-            places = [Text(operator_text(generate)), Text(generate.device, colours.get(generate.device, ""))]
-        if row.first.out_device and row.first.out_device != generate.device:
-            places[-1].append(f", then to {row.first.out_device}", "dim")
-        table.add_row(Text(row.label), Text(row.why, "dim"), *places, human_bytes(row.nbytes) if row.nbytes else "")
+            cells = [Text(operator_text(generate)), Text(generate.device, colours.get(generate.device, ""))]
+            _add_out_device(cells[1], row)
+        table.add_row(Text(label), Text(row.why, "dim"), *cells, human_bytes(row.nbytes) if row.nbytes else "")
     return table
+
+
+def _block(row: PlacementRow, colours: dict[str, str]) -> RenderableType:
+    """A row on lines of its own, for a console too narrow for both phases beside each other."""
+    line = Text()
+    if row.same_in_both_phases:
+        line.append_text(_place_text(row.first.generate, colours))
+    else:
+        line.append("prefill ", "dim").append_text(_place_text(row.first.prefill, colours))
+        line.append(", generate ", "dim").append_text(_place_text(row.first.generate, colours))
+    _add_out_device(line, row)
+    line.append(f"  {row.why}", "dim").append(f"  {human_bytes(row.nbytes)}" if row.nbytes else "")
+    return Group(Text(row.label), Padding(line, (0, 0, 0, 4)))
+
+
+def _add_out_device(text: Text, row: PlacementRow) -> None:
+    if row.first.out_device and row.first.out_device != row.first.generate.device:
+        text.append(f", then to {row.first.out_device}", "dim")
+
+
+def _table_label(row: PlacementRow) -> str:
+    """The label, siblings on a line of their own: long paths then break where they should."""
+    return row.label.replace(".{", ".\n  {") if len(row.leaves) > 1 else row.label
 
 
 def _place_text(place: PhasePlacement, colours: dict[str, str]) -> Text:

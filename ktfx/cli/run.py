@@ -350,7 +350,7 @@ def _print(outcome: Outcome) -> None:
     console = common.stdout()
     state = outcome.state
     names = state.resolution.device_names()
-    console.print(placement_table(outcome.rows, names, "Placement"))
+    console.print(placement_table(outcome.rows, names, console.width, "Placement"))
     console.print()
     console.print(_graph_table(state))
     console.print()
@@ -359,6 +359,11 @@ def _print(outcome: Outcome) -> None:
     console.print(_speed_table(outcome))
     weights = ", ".join(f"{device} {human_bytes(n)}" for device, n in state.store.bytes_by_device().items())
     console.print(Text.assemble("\n", ("weights  ", "dim"), weights), soft_wrap=True)
+    doubled = state.store.duplicates()
+    if doubled:
+        extra = sum(sum(e.nbytes for e in entries) - max(e.nbytes for e in entries) for _, entries in doubled)
+        note = f"{len(doubled)} weights, {human_bytes(extra)} more than one copy of each"
+        console.print(Text.assemble(("kept twice  ", "yellow"), note), soft_wrap=True)
     if outcome.simulated:
         note = f"{', '.join(outcome.simulated)} played by another device; every transfer is a real copy"
         console.print(Text.assemble(("simulated  ", "dim"), note), soft_wrap=True)
