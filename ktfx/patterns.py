@@ -85,7 +85,8 @@ def parse_pattern(text: str, origin: Origin | None = None, rule: str | None = No
     reader = _Reader(place, rule)
     found: Expression
     # The bracket that is put around the text makes a bare `a, b` a tuple too; only one with its own brackets is meant.
-    if isinstance(tree.body, ast.List | ast.Tuple) and len(tree.body.elts) > 1 and tree.body.col_offset > 0:
+    own_bracket = (tree.body.lineno, tree.body.col_offset) != (1, 0)
+    if isinstance(tree.body, ast.List | ast.Tuple) and len(tree.body.elts) > 1 and own_bracket:
         found = Call(OUTPUTS, tuple(reader.read(part, 1) for part in tree.body.elts), ())
         if not all(isinstance(part, Call) for part in found.args):
             found = Literal(None)
