@@ -522,7 +522,7 @@ BAD = {
 
 @pytest.mark.parametrize("case", BAD)
 def test_a_rule_that_cannot_be(case: str) -> None:
-    from passes.match_patterns import check_pattern_rules
+    from ktfx.passes.match_patterns import check_pattern_rules
 
     pattern, with_, text = BAD[case]
     with pytest.raises(RuleError) as caught:
