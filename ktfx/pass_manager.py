@@ -201,13 +201,16 @@ def build_pipeline(requests: Sequence[Any] | None) -> list[Pass]:
                 expected="one of " + ", ".join(sorted(known)),
             )
         chosen.append(cls(_options(cls, request.options, request.origin)))
-    names = [p.name for p in chosen]
-    head = [known["resolve_rules"]()] if "resolve_rules" not in names else []
-    tail = [known[n]() for n in ("assign_devices", "insert_transfers", "partition_by_device") if n not in names]
-    pipeline = head + chosen + tail
+    required = [n for n in DEFAULT_PIPELINE if n in REQUIRED]
+    pipeline = list(chosen)
+    for name in required:
+        order = [p.name for p in pipeline]
+        if name not in order:
+            later = [order.index(n) for n in required[required.index(name) + 1 :] if n in order]
+            place = 0 if name == "resolve_rules" else min(later, default=len(order))
+            pipeline.insert(place, known[name]())
     order = [p.name for p in pipeline]
-    placed = [n for n in order if n in REQUIRED]
-    if placed != [n for n in DEFAULT_PIPELINE if n in REQUIRED]:
+    if [n for n in order if n in REQUIRED] != required:
         raise RuleError(
             f"the passes come in an order that cannot work: {', '.join(order)}",
             expected="resolve_rules, the rewrites, assign_devices, insert_transfers, partition_by_device",
@@ -377,5 +380,7 @@ def value_device(node: fx.Node, context: PassContext) -> str | None:
 def input_nodes(gm: fx.GraphModule, context: PassContext, *kinds: str) -> list[fx.Node]:
     """The placeholders of the given kinds."""
     return [
-        n for n in placeholders(gm.graph) if n.name in context.captured.inputs and context.captured.inputs[n.name].kind in kinds
+        n
+        for n in placeholders(gm.graph)
+        if n.name in context.captured.inputs and context.captured.inputs[n.name].kind in kinds
     ]
