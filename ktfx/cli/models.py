@@ -157,6 +157,7 @@ def load_tokenizer(source: ModelSource) -> PreTrainedTokenizerBase:
     from transformers import AutoTokenizer
 
     folder = _folder(source)
+    config = load_config(source)  # read first: transformers reads it too, and says less of what is wrong
     if not any((folder / name).is_file() for name in _TOKENIZER_FILES):
         raise WeightError(
             "the directory has no tokenizer",
@@ -165,7 +166,7 @@ def load_tokenizer(source: ModelSource) -> PreTrainedTokenizerBase:
             mend="copy the tokenizer files of the model into the directory",
         )
     try:
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        return AutoTokenizer.from_pretrained(folder, config=config, local_files_only=True)
     except Exception as error:  # the tokenizers library raises bare Exceptions
         raise WeightError(f"the tokenizer cannot be read: {_first_line(error)}", origin=Origin(str(folder))) from error
 
