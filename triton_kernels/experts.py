@@ -217,6 +217,10 @@ class TilesConfig:
     num_stages: int
 
 
+PairsPair = tuple[PairsConfig, PairsConfig]
+TilesPair = tuple[TilesConfig, TilesConfig]
+
+
 def pairs_config(weight: StoredWeight, K: int, leading: int) -> PairsConfig:
     """leading: how many weight rows each of the R rows stands for (2 for gate and up, K chosen for down)."""
     BK = min(1024 if weight.nibbles else 512, max(pow2(K), 16))
@@ -236,12 +240,65 @@ def tiles_config(weight: StoredWeight, K: int, rows_an_expert: float, itemsize: 
     return TilesConfig(BM, BN, BK, 8, 4 if small else 8, 4 if small else 3)
 
 
+def weight_of(spec: ExpertsSpec, packed: Sequence[torch.Tensor], which: int) -> StoredWeight:
+    """gate_up (0) or down (1) of what ``ktfx.ops.experts_triton.pack`` made."""
+    many = (len(packed) - 2 * spec.has_bias) // 2
+    return stored_weight(spec.weights, packed[which * many : (which + 1) * many])
+
+
+def tiles_choice(spec: ExpertsSpec, packed: Sequence[torch.Tensor], rows: float, itemsize: int) -> TilesPair:
+    up, down = weight_of(spec, packed, 0), weight_of(spec, packed, 1)
+    return tiles_config(up, spec.hidden, rows, itemsize), tiles_config(down, spec.intermediate, rows, itemsize)
+
+
+def default_configs(
+    spec: ExpertsSpec,
+    packed: Sequence[torch.Tensor],
+    T: int,
+    K: int,
+    pairs: bool,
+    E: int | None = None,
+    itemsize: int = 2,
+) -> PairsPair | TilesPair:
+    """What a call with T tokens runs with; E: the experts to reckon with, if not those of ``spec``."""
+    if pairs:
+        leading = 1 if spec.gate == "none" else 2
+        up, down = weight_of(spec, packed, 0), weight_of(spec, packed, 1)
+        return pairs_config(up, spec.hidden, leading), pairs_config(down, spec.intermediate, K)
+    return tiles_choice(spec, packed, T * K / min(T * K, E or spec.num_experts), itemsize)
+
+
+PAIRS_CANDIDATES = [
+    PairsConfig(R, BK, warps, stages)
+    for R in (1, 2, 4, 8)
+    for BK in (256, 512, 1024)
+    for warps, stages in ((4, 1), (8, 1), (4, 3))
+]
+TILES_CANDIDATES = [
+    TilesConfig(BM, BN, BK, 8, warps, stages)
+    for BM, shapes in {16: ((64, 4), (32, 4), (128, 4)), 128: ((64, 8), (64, 4), (128, 8))}.items()
+    for BN, warps in shapes
+    for BK in (32, 64, 128)
+    for stages in ((3, 5) if BM == 16 else (3, 4))
+]
+
+
+def fits(config: PairsConfig | TilesConfig, weight: StoredWeight, first: PairsConfig | TilesConfig) -> bool:
+    """Whether a candidate makes sense for a weight (whole groups a step) beside the first kernel's block of pairs."""
+    if isinstance(config, TilesConfig):
+        whole = (
+            not weight.grouped or weight.group % config.BK == 0 or (weight.nibbles and config.BK % weight.group == 0)
+        )
+        return whole and isinstance(first, TilesConfig) and config.BM == first.BM
+    return weight.group <= config.BK and config.BK % max(weight.group, 1) == 0
+
+
 def prefer_pairs(T: int, E: int, K: int) -> bool:
     """Whether so few pairs share an expert that reading each pair's weights for itself costs little."""
     if T * K > 128:
         return False
     distinct = E * (1 - (1 - K / E) ** T)
-    return T == 1 or distinct > 0.8 * T * K
+    return T == 1 or distinct / (T * K) > 0.8
 
 
 def routed_experts(
@@ -251,7 +308,7 @@ def routed_experts(
     weights_TK: torch.Tensor,
     packed: Sequence[torch.Tensor],
     pairs: bool | None = None,
-    configs: tuple[PairsConfig, PairsConfig] | tuple[TilesConfig, TilesConfig] | None = None,
+    configs: PairsPair | TilesPair | None = None,
     out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """(T, H) → (T, H) in x's dtype; sums in float32. Ids outside [0, E) contribute nothing.
@@ -265,23 +322,22 @@ def routed_experts(
         return out
     if K == 0:
         return out.zero_()
-    many = (len(packed) - 2 * spec.has_bias) // 2
-    up, down = stored_weight(spec.weights, packed[:many]), stored_weight(spec.weights, packed[many : 2 * many])
-    biases = packed[2 * many :] if spec.has_bias else (up.data, down.data)
+    up, down = weight_of(spec, packed, 0), weight_of(spec, packed, 1)
+    biases = packed[-2:] if spec.has_bias else (up.data, down.data)
     x, ids, weights = x_TH.contiguous(), ids_TK.contiguous(), weights_TK.contiguous()
     use_pairs = prefer_pairs(T, spec.num_experts, K) if pairs is None else pairs
+    chosen = configs or default_configs(spec, packed, T, K, use_pairs, itemsize=x.element_size())
     run = _run_pairs if use_pairs else _run_tiles
-    run(spec, x, ids, weights, up, down, biases, out, configs)
+    run(spec, x, ids, weights, up, down, biases, out, *chosen)
     return out
 
 
 def _run_pairs(
     spec: ExpertsSpec, x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, up: StoredWeight,
-    down: StoredWeight, biases: Sequence[torch.Tensor], out: torch.Tensor, configs: tuple | None,
+    down: StoredWeight, biases: Sequence[torch.Tensor], out: torch.Tensor, first: PairsConfig, second: PairsConfig,
 ) -> None:  # fmt: skip
     (T, H), K, inter, E = x.shape, ids.shape[1], spec.intermediate, spec.num_experts
     L = 1 if spec.gate == "none" else 2
-    first, second = configs or (pairs_config(up, H, L), pairs_config(down, inter, K))
     h = torch.empty(T * K, inter, dtype=x.dtype, device=x.device)
     _pairs_up_kernel[(cdiv(inter, first.R), T * K)](
         x, ids, up.data, up.scales, up.zeros, biases[0], h,
@@ -299,15 +355,11 @@ def _run_pairs(
 
 def _run_tiles(
     spec: ExpertsSpec, x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, up: StoredWeight,
-    down: StoredWeight, biases: Sequence[torch.Tensor], out: torch.Tensor, configs: tuple | None,
+    down: StoredWeight, biases: Sequence[torch.Tensor], out: torch.Tensor, first: TilesConfig, second: TilesConfig,
 ) -> None:  # fmt: skip
     (T, H), K, inter, E = x.shape, ids.shape[1], spec.intermediate, spec.num_experts
     L = 1 if spec.gate == "none" else 2
     S = T * K
-    if configs is None:
-        share = S / min(S, E)
-        configs = (tiles_config(up, H, share, x.element_size()), tiles_config(down, inter, share, x.element_size()))
-    first, second = configs
     if second.BM != first.BM:
         second = replace(second, BM=first.BM)  # both walk the same tiles
     grouped = group_pairs(ids, E, first.BM)
