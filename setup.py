@@ -52,7 +52,7 @@ class BuildKernels(build_ext):
         except (OSError, subprocess.CalledProcessError) as error:
             print(
                 f"ktfx: the CPU kernels were not built: {error}\n"
-                "ktfx: experts on the CPU will run on ATen, several times slower; install GCC 11 or newer, and reinstall.",
+                "ktfx: experts on the CPU will run on ATen, several times slower; install GCC 11+ and reinstall.",
                 file=sys.stderr,
             )
 

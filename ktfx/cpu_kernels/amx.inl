@@ -89,28 +89,25 @@ void tile_to_bf16(const ktfx_matrix* m, const uint8_t* w, uint16_t* out) {
       const int64_t g = (int64_t)(k / group) * kTile + t * L;
       if constexpr (F == KTFX_FMT_FP8) scale = load<vf>(w + m->scale_offset + g * 4) * 0x1p120f;
       else if constexpr (F != KTFX_FMT_INT8) scale = load_scales<S>(w + m->scale_offset + g * scale_bytes(S));
-      if constexpr (F == KTFX_FMT_INT4ZP) zero = __builtin_convertvector(load<vb>(w + m->zero_offset + g), vi);
+      if constexpr (F == KTFX_FMT_INT4ZP) zero = widen(load<vb>(w + m->zero_offset + g));
       constexpr int step = F == KTFX_FMT_FP8 || F == KTFX_FMT_INT8 ? 4 : 8;
       for (int64_t s = k / step; s < end / step; ++s) {
         const uint8_t* row = w + s * 64 + t * L * 4;
         uint16_t* to = out + s * step * kTile + t * L * 2;
         vi v = load<vi>(row);
         if constexpr (F == KTFX_FMT_FP8) {
-          vf f[4];
-          load4<F>(w, s, t, f);
-          store(to, bf16_pair(f[0] * scale, f[1] * scale));
-          store(to + 2 * kTile, bf16_pair(f[2] * scale, f[3] * scale));
+          for (int i = 0; i < 4; i += 2)
+            store(to + i * kTile, bf16_pair(load1<F>(w, s, i, t) * scale, load1<F>(w, s, i + 1, t) * scale));
         } else if constexpr (F == KTFX_FMT_INT8) {
           vf f[4];
           for (int i = 0; i < 4; ++i) f[i] = to_float((v << (24 - 8 * i)) >> 24);
           for (int i = 0; i < 4; i += 2)  // exact: no rounding
             store(to + i * kTile, (vi)(((vu)f[i] >> 16) | ((vu)f[i + 1] & 0xffff0000u)));
         } else {
-          vi half[2];
-          nibbles<F>(v, half[0], half[1]);
           for (int h = 0; h < 2; ++h) {
+            const vi half = nibbles<F>(v, h);
             vf f[4];
-            for (int i = 0; i < 4; ++i) f[i] = to_float((vi)((vu)half[h] >> (8 * i) & 255) - zero) * scale;
+            for (int i = 0; i < 4; ++i) f[i] = to_float((vi)((vu)half >> (8 * i) & 255) - zero) * scale;
             store(to + (4 * h) * kTile, bf16_pair(f[0], f[1]));
             store(to + (4 * h + 2) * kTile, bf16_pair(f[2], f[3]));
           }

@@ -27,7 +27,8 @@ constexpr int kColumns = 64;         // columns of h a task
 constexpr int kChunkRows = 96;       // rows a task
 constexpr int kDownTiles = 8;        // tiles a task of the down step
 constexpr int64_t kFusedTokens = 32; // up to here the down step sums in place
-constexpr int kInputBlock = 512;     // inputs that stay in the nearest cache while many rows pass over them
+constexpr int kInputBlock = 512;     // inputs whose weights stay in the nearest cache while many rows pass over them
+constexpr int kPanelFloats = 256 * kTile + 2 * kTile * kInputBlock / 32;  // a panel and its scales
 constexpr int64_t kArenaBytes = 512ll << 20;
 
 int amx_rows() {
@@ -115,7 +116,6 @@ struct Run {
   char* out;
   int64_t T, S;
   int K;
-  int rows;                // the register tile's rows
   PanelKind x_kind, h_kind;
   bool any_amx, fused;
   char* token_q;           // [T] rows in the panel's format
@@ -134,15 +134,10 @@ void choose_panels(Run& r) {
   const ktfx_layer& l = *r.layer;
   if (l.up.format <= KTFX_FMT_FP8) {
     r.x_kind = r.h_kind = {kPanelF32, 1 << 30, 32};
-    r.rows = r.kernels->rows_f32;
     return;
   }
   r.x_kind = r.h_kind = {kPanelI16, l.up.group == 32 ? 32 : kBlock16, 16};
-  r.rows = r.kernels->rows_i16;
-  if (l.up.format >= KTFX_FMT_INT4 && l.int8_activations) {
-    r.x_kind = {kPanelI8, kBlock8, 8};
-    r.rows = std::min(r.rows, r.kernels->rows_i8);
-  }
+  if (l.up.format >= KTFX_FMT_INT4 && l.int8_activations) r.x_kind = {kPanelI8, kBlock8, 8};
 }
 
 bool takes_amx(const Run& r, int64_t rows) {
@@ -157,6 +152,38 @@ TileFn tile_kernel(const Run& r, const ktfx_matrix& m, Panel panel, int rows) {
                             : r.kernels->i8[m.format - KTFX_FMT_INT8][s][rows];
 }
 
+// As below, with each tile unpacked to a panel first.
+void multiply_panels(const Run& r, const ktfx_matrix& m, const uint8_t* w, int tiles, const Chunk& chunk, bool down,
+                     float* c, float* scratch) {
+  const KernelTable& kt = *r.kernels;
+  const PanelKind& kind = down ? r.h_kind : r.x_kind;
+  const int step = kind.panel == kPanelF32 ? kInputBlock / 2 : kInputBlock;
+  float* scales = scratch + 256 * kTile;
+  ktfx_matrix plain = m;
+  plain.format = KTFX_FMT_F32;
+  for (int k = 0; k < m.Kp; k += step)
+    for (int t = 0; t < tiles; ++t) {
+      const int end = std::min(k + step, m.Kp);
+      const uint8_t* tile = w + t * m.tile_bytes;
+      if (kind.panel == kPanelF32) kt.unpack_f32(&m, tile, k, end, scratch);
+      else (kind.panel == kPanelI16 ? kt.unpack_i16 : kt.unpack_i8)(&m, tile, k, end, kind.block, scratch, scales);
+      float* to = c + (int64_t)t * chunk.rows * kTile;
+      for (int i = chunk.first; i < chunk.last; ++i) {
+        const RowBlock& b = r.ws->blocks[i];
+        const Rows& in = down ? b.h : b.x;
+        if (kind.panel == kPanelF32) {
+          const float* x = (const float*)in.q + (int64_t)k * b.rows;  // the panel begins at input 0
+          const TileArgs a{(const uint8_t*)scratch, &plain, x, nullptr, nullptr, to, 0, end - k, kind.block, k == 0};
+          kt.f32[KTFX_FMT_F32][b.rows](&a);
+        } else {
+          const PanelArgs a{scratch, scales, in.q, in.dx, in.sx, to, k, end, kind.block, k == 0, m.format == KTFX_FMT_MXFP4};
+          (kind.panel == kPanelI16 ? kt.panel_i16 : kt.panel_i8)[b.rows](&a);
+        }
+        to += b.rows * kTile;
+      }
+    }
+}
+
 // c[tile][rows of the chunk][16] for `tiles` tiles from `w` on.
 void multiply(const Run& r, const ktfx_matrix& m, const uint8_t* w, int tiles, const Chunk& chunk, bool down, float* c,
               float* scratch) {
@@ -169,6 +196,8 @@ void multiply(const Run& r, const ktfx_matrix& m, const uint8_t* w, int tiles, c
                      c + (int64_t)(t + 1) * chunk.rows * kTile, (uint16_t*)scratch);
     return;
   }
+  if (chunk.rows > r.kernels->rows_direct && m.format != KTFX_FMT_F32 && m.format != KTFX_FMT_BF16)
+    return multiply_panels(r, m, w, tiles, chunk, down, c, scratch);
   const int step = chunk.last - chunk.first > 1 ? kInputBlock : m.Kp;
   const PanelKind& kind = down ? r.h_kind : r.x_kind;
   for (int k = 0; k < m.Kp; k += step)
@@ -435,7 +464,7 @@ void sort_slots(Run& r) {
       // AMX wants whole multiples of 32 rows, the register tiles want equal chunks.
       const int32_t rows = amx ? std::min(kChunkRows, m - done) : m / chunks + (i < m % chunks);
       Chunk c{e, (int32_t)ws.blocks.size(), 0, begin + done, rows, amx};
-      const int32_t n = amx ? 1 : (rows + r.rows - 1) / r.rows;
+      const int32_t n = amx ? 1 : (rows + r.kernels->rows - 1) / r.kernels->rows;
       int32_t slot = c.slot;
       for (int32_t j = 0; j < n; ++j) {
         const int32_t size = rows / n + (j < rows % n);
@@ -456,8 +485,8 @@ bool lay_out(Run& r) {
   const int64_t Hp = (int64_t)l.down.tiles * kTile, e = r.x_kind.element(), eh = r.h_kind.element();
   const bool integer = r.x_kind.panel != kPanelF32;
   r.fused = r.T <= kFusedTokens;
-  const int64_t amx_floats = r.any_amx ? std::max(Ku, Kd) * kTile : 0;
-  r.scratch_floats = std::max<int64_t>((int64_t)kDownTiles * kChunkRows * kTile + amx_floats, Hp) + 64;
+  const int64_t tail_floats = std::max<int64_t>(kPanelFloats, r.any_amx ? std::max(Ku, Kd) * kTile : 0);
+  r.scratch_floats = std::max<int64_t>((int64_t)kDownTiles * kChunkRows * kTile + tail_floats, Hp) + 64;
   const int64_t y_rows = r.fused ? r.T : r.S;
   // Every block's panels, padded, plus the tokens' rows; 1 KiB a block covers the padding.
   const int64_t bytes = r.T * (Ku * e + nbu * 8 + 512) + r.S * ((Ku + Kd) * std::max<int64_t>({e, eh, 2}) + (nbu + nbd) * 8) +

@@ -26,14 +26,31 @@ struct TileArgs {
   bool first;
 };
 
+// A row block over inputs [k0, k1) of a tile that was unpacked to a panel.
+struct PanelArgs {
+  const void* panel;
+  const float* scales;  // [block][16]; for int8 [block][scale, scale * zero][16]
+  const void* x;
+  const float* dx;
+  const int32_t* sx;
+  float* c;
+  int32_t k0, k1, block;
+  bool first, wide;     // wide: bytes up to 24, not 15
+};
+
 using TileFn = void (*)(const TileArgs*);
+using PanelFn = void (*)(const PanelArgs*);
 
 struct KernelTable {
   const char* name;
-  int rows_f32, rows_i16, rows_i8;  // the largest register tile
+  int rows, rows_direct;            // the largest register tile; the largest that reads integer tiles as they lie
   TileFn f32[4][kMaxRows + 1];       // by format F32..FP8, rows
   TileFn i16[4][3][kMaxRows + 1];    // by format INT8..MXFP4, scale dtype, rows
   TileFn i8[4][3][kMaxRows + 1];
+  PanelFn panel_i16[kMaxRows + 1], panel_i8[kMaxRows + 1];
+  void (*unpack_f32)(const ktfx_matrix* m, const uint8_t* w, int32_t k0, int32_t k1, float* out);
+  void (*unpack_i16)(const ktfx_matrix* m, const uint8_t* w, int32_t k0, int32_t k1, int block, void* out, float* scales);
+  void (*unpack_i8)(const ktfx_matrix* m, const uint8_t* w, int32_t k0, int32_t k1, int block, void* out, float* scales);
   // AMX: rows x K in bf16 (row stride ldx elements) times two tiles; c0 and c1 are [rows][16]. Null without AMX.
   void (*amx)(const ktfx_matrix* m, const uint8_t* w0, const uint8_t* w1, const uint16_t* x, int64_t ldx, int rows,
               float* c0, float* c1, uint16_t* scratch);

@@ -14,7 +14,11 @@
 #include <immintrin.h>
 #endif
 
+// Sums live in arrays of vectors; every loop over one must unroll whole, or the array goes to memory.
+#define UNROLL _Pragma("GCC unroll 16")
+
 #define KTFX_INLINE static inline __attribute__((always_inline))
+#define KTFX_MEMBER inline __attribute__((always_inline))
 
 namespace ktfx {
 namespace KTFX_NAME {
@@ -28,6 +32,7 @@ typedef int32_t vi __attribute__((vector_size(L * 4)));
 typedef uint32_t vu __attribute__((vector_size(L * 4)));
 typedef uint16_t vh __attribute__((vector_size(L * 2)));
 typedef uint8_t vb __attribute__((vector_size(L)));
+typedef uint16_t vs __attribute__((vector_size(L * 4)));
 
 template <class T>
 KTFX_INLINE T load(const void* p) {
@@ -39,7 +44,13 @@ template <class T>
 KTFX_INLINE void store(void* p, T v) {
   __builtin_memcpy(p, &v, sizeof v);
 }
-KTFX_INLINE vf splat(float x) { return vf{} + x; }
+KTFX_INLINE vf splat(float x) {  // not vf{} + x, which costs an addition for the sake of -0
+#if KTFX_LANES == 8
+  return vf{x, x, x, x, x, x, x, x};
+#else
+  return vf{x, x, x, x, x, x, x, x, x, x, x, x, x, x, x, x};
+#endif
+}
 KTFX_INLINE vi splat(int32_t x) { return vi{} + x; }
 KTFX_INLINE vf as_float(vi v) { return (vf)v; }
 KTFX_INLINE vf to_float(vi v) { return __builtin_convertvector(v, vf); }
@@ -50,13 +61,33 @@ KTFX_INLINE vf vabs(vf a) { return (vf)((vi)a & 0x7fffffff); }
 // To the nearest integer, ties to even, for |x| < 2^22.
 KTFX_INLINE vi nearest(vf x) { return (vi)(x + 12582912.0f) - 0x4b400000; }
 
+KTFX_INLINE vi widen(vh h) {
+#if KTFX_INT == 2
+  return (vi)_mm256_cvtepu16_epi32((__m128i)h);
+#elif KTFX_INT == 5
+  return (vi)_mm512_cvtepu16_epi32((__m256i)h);
+#else
+  return __builtin_convertvector(h, vi);
+#endif
+}
+KTFX_INLINE vi widen(vb b) {
+#if KTFX_INT == 2
+  return (vi)_mm256_cvtepu8_epi32(_mm_cvtsi64_si128((long long)b));
+#elif KTFX_INT == 5
+  return (vi)_mm512_cvtepu8_epi32((__m128i)b);
+#else
+  return __builtin_convertvector(b, vi);
+#endif
+}
+KTFX_INLINE vf bf16_to_float(vh h) { return as_float(widen(h) << 16); }
+
 KTFX_INLINE vf half_to_float(vh h) {
 #if KTFX_INT == 2
   return (vf)_mm256_cvtph_ps((__m128i)h);
 #elif KTFX_INT == 5
   return (vf)_mm512_cvtph_ps((__m256i)h);
 #else
-  vi u = __builtin_convertvector(h, vi);
+  vi u = widen(h);
   vf big = as_float((u & 0x7fff) << 13) * 0x1p112f;  // exact for subnormals too; inf and NaN are put right below
   big = pick((u & 0x7c00) == 0x7c00, as_float(((u & 0x7fff) << 13) | 0x7f800000), big);
   return as_float((vi)big | ((u & 0x8000) << 16));
@@ -75,24 +106,18 @@ KTFX_INLINE float half_to_float1(uint16_t h) {
 // ---------------------------------------------------------------------------------------------------------------------
 // Float tiles: c[mr][16] = sum over k of w[k][16] x[k][mr] (times the block's scale for FP8).
 
-// Four inputs (4 q ... 4 q + 3) of vector t, as floats.
+// Input 4 q + i of vector t, as floats.
 template <int F>
-KTFX_INLINE void load4(const uint8_t* w, int64_t q, int t, vf (&out)[4]) {
-  if constexpr (F == KTFX_FMT_F32) {
-    for (int i = 0; i < 4; ++i) out[i] = load<vf>(w + (q * 4 + i) * 64 + t * L * 4);
-  } else if constexpr (F == KTFX_FMT_BF16) {
-    for (int p = 0; p < 2; ++p) {
-      vi v = load<vi>(w + (q * 2 + p) * 64 + t * L * 4);
-      out[2 * p] = as_float(v << 16);
-      out[2 * p + 1] = as_float(v & (int32_t)0xffff0000);
-    }
-  } else if constexpr (F == KTFX_FMT_F16) {
-    for (int i = 0; i < 4; ++i) out[i] = half_to_float(load<vh>(w + (q * 4 + i) * 32 + t * L * 2));
-  } else {
-    // e4m3 moved into a float's exponent and mantissa: 2^-120 times the value, subnormals included.
-    vi v = load<vi>(w + q * 64 + t * L * 4);
-    for (int i = 0; i < 4; ++i) out[i] = as_float(((v << (24 - 8 * i)) >> 4) & (int32_t)0x87f00000);
+KTFX_INLINE vf load1(const uint8_t* w, int64_t q, int i, int t) {
+  if constexpr (F == KTFX_FMT_F32) return load<vf>(w + (q * 4 + i) * 64 + t * L * 4);
+  if constexpr (F == KTFX_FMT_F16) return half_to_float(load<vh>(w + (q * 4 + i) * 32 + t * L * 2));
+  if constexpr (F == KTFX_FMT_BF16) {
+    const vi v = load<vi>(w + (q * 2 + i / 2) * 64 + t * L * 4);
+    return as_float(i % 2 ? v & (int32_t)0xffff0000 : v << 16);
   }
+  // e4m3 moved into a float's exponent and mantissa: 2^-120 times the value, subnormals included.
+  const vi v = load<vi>(w + q * 64 + t * L * 4);
+  return as_float(((v << (24 - 8 * i)) >> 4) & (int32_t)0x87f00000);
 }
 
 constexpr int row_bytes4(int format) {  // bytes of a tile for four inputs
@@ -114,21 +139,25 @@ void float_tile(const TileArgs* a) {
     for (int64_t q = k / 4; q < end / 4; ++q) {
       const uint8_t* next = w + q * row_bytes4(F) + kAhead;
       for (int i = 0; i < row_bytes4(F); i += 64) __builtin_prefetch(next + i);
-#pragma GCC unroll 2
-      for (int t = 0; t < V; ++t) {
-        vf v[4];
-        load4<F>(w, q, t, v);
-#pragma GCC unroll 4
-        for (int i = 0; i < 4; ++i)
-#pragma GCC unroll 12
-          for (int r = 0; r < M; ++r) acc[i % U][r][t] += v[i] * x[(q * 4 + i) * M + r];
+      UNROLL
+      for (int i = 0; i < 4; ++i) {
+        vf v[V];
+        UNROLL
+        for (int t = 0; t < V; ++t) v[t] = load1<F>(w, q, i, t);
+        UNROLL
+        for (int r = 0; r < M; ++r) {
+          const vf b = splat(x[(q * 4 + i) * M + r]);
+          UNROLL
+          for (int t = 0; t < V; ++t) acc[i % U][r][t] += v[t] * b;
+        }
       }
     }
-#pragma GCC unroll 12
+    UNROLL
     for (int r = 0; r < M; ++r)
-#pragma GCC unroll 2
+      UNROLL
       for (int t = 0; t < V; ++t) {
         vf sum = acc[0][r][t];
+        UNROLL
         for (int u = 1; u < U; ++u) sum += acc[u][r][t];
         if constexpr (F == KTFX_FMT_FP8)
           sum *= load<vf>(w + a->m->scale_offset + ((int64_t)(k / kFp8Block) * kTile + t * L) * 4) * 0x1p60f;
@@ -145,33 +174,40 @@ void float_tile(const TileArgs* a) {
 // Integer tiles: per block of activations an exact integer dot product, then one multiply-add with both scales.
 
 // Pairs of int16: acc[lane] += a.lo b.lo + a.hi b.hi.
-KTFX_INLINE vi dot16(vi acc, vi w, int32_t x) {
+KTFX_INLINE vi dot16(vi acc, vi w, vi x) {
 #if KTFX_INT == 2
-  return (vi)_mm256_add_epi32((__m256i)acc, _mm256_madd_epi16((__m256i)w, _mm256_set1_epi32(x)));
+  return (vi)_mm256_add_epi32((__m256i)acc, _mm256_madd_epi16((__m256i)w, (__m256i)x));
 #elif KTFX_INT == 5
-  return (vi)_mm512_dpwssd_epi32((__m512i)acc, (__m512i)w, _mm512_set1_epi32(x));
+  return (vi)_mm512_dpwssd_epi32((__m512i)acc, (__m512i)w, (__m512i)x);
 #else
-  return acc + ((w << 16) >> 16) * (int32_t)(int16_t)x + (w >> 16) * (x >> 16);
+  return acc + ((w << 16) >> 16) * ((x << 16) >> 16) + (w >> 16) * (x >> 16);
 #endif
 }
 
-// Signed bytes of a row to two vectors of int16 pairs: inputs (0, 2) and (1, 3).
-KTFX_INLINE void widen_signed(vi v, vi& even, vi& odd) {
-#if KTFX_INT == 2
-  even = (vi)_mm256_srai_epi16(_mm256_slli_epi16((__m256i)v, 8), 8);
-  odd = (vi)_mm256_srai_epi16((__m256i)v, 8);
-#elif KTFX_INT == 5
-  even = (vi)_mm512_srai_epi16(_mm512_slli_epi16((__m512i)v, 8), 8);
-  odd = (vi)_mm512_srai_epi16((__m512i)v, 8);
+#if KTFX_INT != 2
+// Quads of an unsigned and a signed byte: acc[lane] += sum of four products.
+KTFX_INLINE vi dot8(vi acc, vi w, vi x) {
+#if KTFX_INT == 5
+  return (vi)_mm512_dpbusd_epi32((__m512i)acc, (__m512i)w, (__m512i)x);
 #else
-  even = ((v << 24) >> 24 & 0xffff) | ((v << 8) >> 24 << 16);
-  odd = ((v << 16) >> 24 & 0xffff) | (v >> 24 << 16);
+  UNROLL
+  for (int j = 0; j < 32; j += 8) acc += ((w >> j) & 255) * ((x << (24 - j)) >> 24);
+  return acc;
 #endif
 }
-KTFX_INLINE void widen_unsigned(vi v, vi& even, vi& odd) {
-  even = v & 0x00ff00ff;
-  odd = (vi)((vu)v >> 8) & 0x00ff00ff;
+#endif
+
+// Bytes of a row to int16 pairs: inputs 0 and 2 (odd false) or 1 and 3.
+KTFX_INLINE vi widen_signed(vi v, bool odd) {
+#if KTFX_INT == 2
+  return (vi)_mm256_srai_epi16(odd ? (__m256i)v : _mm256_slli_epi16((__m256i)v, 8), 8);
+#elif KTFX_INT == 5
+  return (vi)_mm512_srai_epi16(odd ? (__m512i)v : _mm512_slli_epi16((__m512i)v, 8), 8);
+#else
+  return odd ? ((v << 16) >> 24 & 0xffff) | (v >> 24 << 16) : ((v << 24) >> 24 & 0xffff) | ((v << 8) >> 24 << 16);
+#endif
 }
+KTFX_INLINE vi widen_unsigned(vi v, bool odd) { return (odd ? (vi)((vu)v >> 8) : v) & 0x00ff00ff; }
 
 // e2m1 codes to twice their value plus 12, so that every 4-bit format is an unsigned byte less an offset.
 KTFX_INLINE vi e2m1_bytes(vi codes) {
@@ -188,22 +224,27 @@ KTFX_INLINE vi e2m1_bytes(vi codes) {
 #endif
 }
 
+// The low or high nibbles of a row as unsigned bytes.
 template <int F>
-KTFX_INLINE void nibbles(vi v, vi& low, vi& high) {
-  low = v & 0x0f0f0f0f;
-  high = (vi)((vu)v >> 4) & 0x0f0f0f0f;
-  if constexpr (F == KTFX_FMT_MXFP4) {
-    low = e2m1_bytes(low);
-    high = e2m1_bytes(high);
-  }
+KTFX_INLINE vi nibbles(vi v, bool high) {
+  const vi codes = (high ? (vi)((vu)v >> 4) : v) & 0x0f0f0f0f;
+  return F == KTFX_FMT_MXFP4 ? e2m1_bytes(codes) : codes;
+}
+
+// Pairs of int16, a quarter (4-bit formats) or half of a row: bits 0 and 1 of `piece` are odd inputs, high nibbles.
+template <int F>
+KTFX_INLINE vi pairs_of(vi v, int piece) {
+  if constexpr (F == KTFX_FMT_INT8) return widen_signed(v, piece);
+  if constexpr (F == KTFX_FMT_MXFP4) return widen_unsigned(nibbles<F>(v, piece / 2), piece % 2);
+  return (vi)((vs)v >> (piece % 2 * 8 + piece / 2 * 4)) & 0x000f000f;
 }
 
 template <int S>
 KTFX_INLINE vf load_scales(const uint8_t* p) {
   if constexpr (S == KTFX_F32) return load<vf>(p);
-  if constexpr (S == KTFX_BF16) return as_float(__builtin_convertvector(load<vh>(p), vi) << 16);
+  if constexpr (S == KTFX_BF16) return bf16_to_float(load<vh>(p));
   if constexpr (S == KTFX_F16) return half_to_float(load<vh>(p));
-  return as_float(__builtin_convertvector(load<vb>(p), vi) << 23) * 0.5f;  // the codes are twice the value
+  return as_float(widen(load<vb>(p)) << 23) * 0.5f;  // the codes are twice the value
 }
 constexpr int scale_bytes(int dtype) { return dtype == KTFX_F32 ? 4 : dtype == KTFX_E8M0 ? 1 : 2; }
 
@@ -212,72 +253,98 @@ constexpr int32_t offset_of() {
   return F == KTFX_FMT_INT4 ? 8 : F == KTFX_FMT_MXFP4 ? 12 : 0;
 }
 
-// Adds one block's integer sums to c, scaled.
+// The float sums of an integer tile, in registers where there are some left, else in c.
 template <int F, int S, int M>
-KTFX_INLINE void add_block(const TileArgs* a, int32_t k, bool first, vi (&acc)[M][V]) {
-  const int64_t b = k / a->block;
-  const float* dx = a->dx + b * M;
-  const int32_t* sx = a->sx + b * M;
-#pragma GCC unroll 2
-  for (int t = 0; t < V; ++t) {
-    vf scale = splat(1.0f);
-    vi zero = {};
-    if constexpr (F != KTFX_FMT_INT8) {
-      const int64_t g = (int64_t)(k / a->m->group) * kTile + t * L;
-      scale = load_scales<S>(a->w + a->m->scale_offset + g * scale_bytes(S));
-      if constexpr (F == KTFX_FMT_INT4ZP)
-        zero = __builtin_convertvector(load<vb>(a->w + a->m->zero_offset + g), vi);
-    }
-#pragma GCC unroll 12
-    for (int r = 0; r < M; ++r) {
-      vi sum = acc[r][t];
-      if constexpr (F == KTFX_FMT_INT4ZP) sum -= zero * sx[r];
-      if constexpr (offset_of<F>() != 0) sum -= offset_of<F>() * sx[r];
-      vf y = to_float(sum) * (scale * dx[r]);
-      float* c = a->c + r * kTile + t * L;
-      if (!first) y += load<vf>(c);
-      store(c, y);
+struct BlockSums {
+  const TileArgs* a;
+  const uint8_t *scales, *zeros;
+  int group_shift;
+  static constexpr bool kept = M <= 2 || L == 16;
+  vf sum[kept ? M : 1][V];
+
+  KTFX_MEMBER BlockSums(const TileArgs* args) : a(args) {
+    scales = a->w + a->m->scale_offset;
+    zeros = a->w + a->m->zero_offset;
+    group_shift = F == KTFX_FMT_INT8 ? 0 : __builtin_ctz((unsigned)a->m->group);
+    UNROLL
+    for (int r = 0; r < M; ++r)
+      UNROLL
+      for (int t = 0; t < V; ++t) {
+        if constexpr (kept) sum[r][t] = vf{};
+        else if (a->first) store(a->c + r * kTile + t * L, vf{});
+      }
+  }
+
+  // Block number b, from input k on.
+  KTFX_MEMBER void add(int64_t b, int32_t k, vi (&acc)[M][V]) {
+    const float* dx = a->dx + b * M;
+    const int32_t* sx = a->sx + b * M;
+    const int64_t g = (int64_t)(k >> group_shift) * kTile;
+    UNROLL
+    for (int t = 0; t < V; ++t) {
+      vf scale = splat(1.0f);
+      vi zero = {};
+      if constexpr (F != KTFX_FMT_INT8) scale = load_scales<S>(scales + (g + t * L) * scale_bytes(S));
+      if constexpr (F == KTFX_FMT_INT4ZP) zero = widen(load<vb>(zeros + g + t * L));
+      UNROLL
+      for (int r = 0; r < M; ++r) {
+        vi exact = acc[r][t];
+        if constexpr (F == KTFX_FMT_INT4ZP) exact -= zero * sx[r];
+        if constexpr (offset_of<F>() != 0) exact -= splat(offset_of<F>() * sx[r]);
+        const vf factor = F == KTFX_FMT_INT8 ? splat(dx[r]) : scale * splat(dx[r]);
+        if constexpr (kept) {
+          sum[r][t] += to_float(exact) * factor;
+        } else {
+          float* c = a->c + r * kTile + t * L;
+          store(c, to_float(exact) * factor + load<vf>(c));
+        }
+      }
     }
   }
-}
+
+  KTFX_MEMBER void finish() {
+    if constexpr (!kept) return;
+    UNROLL
+    for (int r = 0; r < M; ++r)
+      UNROLL
+      for (int t = 0; t < V; ++t) {
+        float* c = a->c + r * kTile + t * L;
+        if constexpr (kept) store(c, a->first ? sum[r][t] : sum[r][t] + load<vf>(c));
+      }
+  }
+};
 
 template <int F, int S, int M>
 void int16_tile(const TileArgs* a) {
   constexpr int step = F == KTFX_FMT_INT8 ? 4 : 8;  // inputs a row
   const int32_t* x = (const int32_t*)a->x;          // pairs: [Kp / 4][M][2]
   constexpr int kAhead = 1024;
-  bool first = a->first;
-  for (int32_t k = a->k0; k < a->k1; k += a->block) {
+  BlockSums<F, S, M> sums(a);
+  int64_t b = a->k0 / a->block;
+  for (int32_t k = a->k0; k < a->k1; k += a->block, ++b) {
     const int32_t end = k + a->block < a->k1 ? k + a->block : a->k1;
     vi acc[M][V] = {};
     for (int64_t s = k / step; s < end / step; ++s) {
       const uint8_t* row = a->w + s * 64;
       __builtin_prefetch(row + kAhead);
-#pragma GCC unroll 2
-      for (int t = 0; t < V; ++t) {
-        vi v = load<vi>(row + t * L * 4), even, odd;
-        if constexpr (F == KTFX_FMT_INT8) {
-          widen_signed(v, even, odd);
-          const int32_t* p = x + s * M * 2;
-#pragma GCC unroll 12
-          for (int r = 0; r < M; ++r) acc[r][t] = dot16(dot16(acc[r][t], even, p[2 * r]), odd, p[2 * r + 1]);
-        } else {
-          vi low, high;
-          nibbles<F>(v, low, high);
-          const int32_t* p = x + s * 2 * M * 2;
-          widen_unsigned(low, even, odd);
-#pragma GCC unroll 12
-          for (int r = 0; r < M; ++r) acc[r][t] = dot16(dot16(acc[r][t], even, p[2 * r]), odd, p[2 * r + 1]);
-          p += M * 2;
-          widen_unsigned(high, even, odd);
-#pragma GCC unroll 12
-          for (int r = 0; r < M; ++r) acc[r][t] = dot16(dot16(acc[r][t], even, p[2 * r]), odd, p[2 * r + 1]);
+      constexpr int pieces = step / 2;  // vectors of pairs in a row
+      UNROLL
+      for (int i = 0; i < pieces; ++i) {
+        vi v[V];
+        UNROLL
+        for (int t = 0; t < V; ++t) v[t] = pairs_of<F>(load<vi>(row + t * L * 4), i);
+        const int32_t* p = x + (s * (pieces / 2) + i / 2) * M * 2 + i % 2;
+        UNROLL
+        for (int r = 0; r < M; ++r) {
+          const vi xs = splat(p[2 * r]);
+          UNROLL
+          for (int t = 0; t < V; ++t) acc[r][t] = dot16(acc[r][t], v[t], xs);
         }
       }
     }
-    add_block<F, S, M>(a, k, first, acc);
-    first = false;
+    sums.add(b, k, acc);
   }
+  sums.finish();
 }
 
 // Unsigned bytes times signed bytes over a block of 32 inputs.
@@ -285,7 +352,7 @@ template <int F, int S, int M>
 void int8_tile(const TileArgs* a) {
   const int32_t* x = (const int32_t*)a->x;  // quads: [Kp / 4][M]
   constexpr int kAhead = 1024;
-  bool first = a->first;
+  BlockSums<F, S, M> sums(a);
   for (int32_t k = a->k0; k < a->k1; k += kBlock8) {
     const int32_t end = k + kBlock8 < a->k1 ? k + kBlock8 : a->k1;
     vi acc[M][V] = {};
@@ -294,42 +361,237 @@ void int8_tile(const TileArgs* a) {
     constexpr int halves = F == KTFX_FMT_MXFP4 ? 2 : 1;
     const __m256i ones = _mm256_set1_epi16(1);
     __m256i part[halves][M][V];
-    for (auto& h : part)
-      for (auto& r : h)
-        for (auto& v : r) v = _mm256_setzero_si256();
+    UNROLL
+    for (int h = 0; h < halves; ++h)
+      UNROLL
+      for (int r = 0; r < M; ++r)
+        UNROLL
+        for (int t = 0; t < V; ++t) part[h][r][t] = _mm256_setzero_si256();
 #endif
     for (int64_t s = k / 8; s < end / 8; ++s) {
       const uint8_t* row = a->w + s * 64;
       __builtin_prefetch(row + kAhead);
-#pragma GCC unroll 2
-      for (int t = 0; t < V; ++t) {
-        vi low, high;
-        nibbles<F>(load<vi>(row + t * L * 4), low, high);
-        const int32_t *p = x + s * 2 * M, *p2 = p + M;
-#pragma GCC unroll 12
+      UNROLL
+      for (int i = 0; i < 2; ++i) {
+        vi v[V];
+        UNROLL
+        for (int t = 0; t < V; ++t) v[t] = nibbles<F>(load<vi>(row + t * L * 4), i);
+        const int32_t* p = x + (s * 2 + i) * M;
+        UNROLL
         for (int r = 0; r < M; ++r) {
+          const vi b = splat(p[r]);
+          UNROLL
+          for (int t = 0; t < V; ++t) {
 #if KTFX_INT == 2
-          part[0][r][t] =
-              _mm256_add_epi16(part[0][r][t], _mm256_maddubs_epi16((__m256i)low, _mm256_set1_epi32(p[r])));
-          part[halves - 1][r][t] =
-              _mm256_add_epi16(part[halves - 1][r][t], _mm256_maddubs_epi16((__m256i)high, _mm256_set1_epi32(p2[r])));
-#elif KTFX_INT == 5
-          acc[r][t] = (vi)_mm512_dpbusd_epi32((__m512i)acc[r][t], (__m512i)low, _mm512_set1_epi32(p[r]));
-          acc[r][t] = (vi)_mm512_dpbusd_epi32((__m512i)acc[r][t], (__m512i)high, _mm512_set1_epi32(p2[r]));
+            __m256i& sum = part[i % halves][r][t];
+            sum = _mm256_add_epi16(sum, _mm256_maddubs_epi16((__m256i)v[t], (__m256i)b));
 #else
-          for (int b = 0; b < 32; b += 8)
-            acc[r][t] += ((low >> b) & 255) * (int32_t)(int8_t)(p[r] >> b) +
-                         ((high >> b) & 255) * (int32_t)(int8_t)(p2[r] >> b);
+            acc[r][t] = dot8(acc[r][t], v[t], b);
 #endif
+          }
         }
       }
     }
 #if KTFX_INT == 2
+    UNROLL
     for (int h = 0; h < halves; ++h)
+      UNROLL
       for (int r = 0; r < M; ++r)
+        UNROLL
         for (int t = 0; t < V; ++t) acc[r][t] += (vi)_mm256_madd_epi16(part[h][r][t], ones);
 #endif
-    add_block<F, S, M>(a, k, first, acc);
+    sums.add(k / kBlock8, k, acc);
+  }
+  sums.finish();
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Many rows: a tile's next inputs are unpacked once into a panel that stays in the nearest cache, and every row block
+// passes over it. The kernels below know nothing of formats.
+
+// Floats, [k][16], with FP8's scale put on; 2^-60 undoes the factor on the inputs.
+void unpack_f32(const ktfx_matrix* m, const uint8_t* w, int32_t k0, int32_t k1, float* out) {
+  for (int32_t k = k0; k < k1; k += 4)
+    for (int t = 0; t < V; ++t) {
+      vf scale = splat(1.0f);
+      if (m->format == KTFX_FMT_FP8)
+        scale = load<vf>(w + m->scale_offset + ((int64_t)(k / kFp8Block) * kTile + t * L) * 4) * 0x1p60f;
+      UNROLL
+      for (int i = 0; i < 4; ++i) {
+        const vf v = m->format == KTFX_FMT_FP8 ? load1<KTFX_FMT_FP8>(w, k / 4, i, t) : load1<KTFX_FMT_F16>(w, k / 4, i, t);
+        store(out + (int64_t)(k - k0 + i) * kTile + t * L, v * scale);
+      }
+    }
+}
+
+KTFX_INLINE vf any_scales(const ktfx_matrix* m, const uint8_t* w, int64_t g, int t) {
+  const uint8_t* p = w + m->scale_offset;
+  g = g * kTile + t * L;
+  switch (m->scale_dtype) {
+    case KTFX_F32: return load_scales<KTFX_F32>(p + g * 4);
+    case KTFX_BF16: return load_scales<KTFX_BF16>(p + g * 2);
+    case KTFX_F16: return load_scales<KTFX_F16>(p + g * 2);
+    default: return load_scales<KTFX_E8M0>(p + g);
+  }
+}
+
+template <int F>
+void unpack_i16_as(const ktfx_matrix* m, const uint8_t* w, int32_t k0, int32_t k1, int block, char* out, float* scales) {
+  constexpr int step = F == KTFX_FMT_INT8 ? 4 : 8;
+  for (int32_t k = k0; k < k1; k += block) {
+    const int32_t end = k + block < k1 ? k + block : k1;
+    for (int t = 0; t < V; ++t) {
+      vi zero = splat((int32_t)(offset_of<F>() * 0x10001));
+      const int64_t g = F == KTFX_FMT_INT8 ? 0 : k / m->group;
+      if constexpr (F == KTFX_FMT_INT4ZP) zero = widen(load<vb>(w + m->zero_offset + g * kTile + t * L)) * 0x10001;
+      store(scales + (k - k0) / block * kTile + t * L, F == KTFX_FMT_INT8 ? splat(1.0f) : any_scales(m, w, g, t));
+      for (int64_t s = k / step; s < end / step; ++s) {
+        const vi row = load<vi>(w + s * 64 + t * L * 4);
+        char* to = out + (s * step - k0) / 4 * 128 + t * L * 4;
+        UNROLL
+        for (int i = 0; i < step / 2; ++i) {
+          const vi pairs = pairs_of<F>(row, i);
+          store(to + i * 64, F == KTFX_FMT_INT8 ? pairs : (vi)((vs)pairs - (vs)zero));
+        }
+      }
+    }
+  }
+}
+
+// int16 pairs: [k / 4][inputs 0 2 | inputs 1 3][16][2], zero points taken off, and the scales of every block.
+void unpack_i16(const ktfx_matrix* m, const uint8_t* w, int32_t k0, int32_t k1, int block, void* out, float* scales) {
+  switch (m->format) {
+    case KTFX_FMT_INT8: return unpack_i16_as<KTFX_FMT_INT8>(m, w, k0, k1, block, (char*)out, scales);
+    case KTFX_FMT_INT4: return unpack_i16_as<KTFX_FMT_INT4>(m, w, k0, k1, block, (char*)out, scales);
+    case KTFX_FMT_INT4ZP: return unpack_i16_as<KTFX_FMT_INT4ZP>(m, w, k0, k1, block, (char*)out, scales);
+    default: return unpack_i16_as<KTFX_FMT_MXFP4>(m, w, k0, k1, block, (char*)out, scales);
+  }
+}
+
+template <int F>
+void unpack_i8_as(const ktfx_matrix* m, const uint8_t* w, int32_t k0, int32_t k1, char* out, float* scales) {
+  for (int32_t k = k0; k < k1; k += kBlock8)
+    for (int t = 0; t < V; ++t) {
+      const int64_t g = k / m->group, b = (k - k0) / kBlock8;
+      const vf scale = any_scales(m, w, g, t);
+      vf zero = splat((float)offset_of<F>());
+      if constexpr (F == KTFX_FMT_INT4ZP) zero = to_float(widen(load<vb>(w + m->zero_offset + g * kTile + t * L)));
+      store(scales + b * 2 * kTile + t * L, scale);
+      store(scales + (b * 2 + 1) * kTile + t * L, scale * zero);
+      const int32_t end = k + kBlock8 < k1 ? k + kBlock8 : k1;
+      for (int64_t s = k / 8; s < end / 8; ++s) {
+        const vi row = load<vi>(w + s * 64 + t * L * 4);
+        char* to = out + (s * 8 - k0) / 4 * 64 + t * L * 4;
+        store(to, nibbles<F>(row, false));
+        store(to + 64, nibbles<F>(row, true));
+      }
+    }
+}
+
+// Unsigned bytes: [k / 4][16][4], and for every block of 32 its scales and its scales times zero points.
+void unpack_i8(const ktfx_matrix* m, const uint8_t* w, int32_t k0, int32_t k1, int, void* out, float* scales) {
+  switch (m->format) {
+    case KTFX_FMT_INT4: return unpack_i8_as<KTFX_FMT_INT4>(m, w, k0, k1, (char*)out, scales);
+    case KTFX_FMT_INT4ZP: return unpack_i8_as<KTFX_FMT_INT4ZP>(m, w, k0, k1, (char*)out, scales);
+    default: return unpack_i8_as<KTFX_FMT_MXFP4>(m, w, k0, k1, (char*)out, scales);
+  }
+}
+
+template <int M>
+void panel_i16(const PanelArgs* a) {
+  const int32_t* x = (const int32_t*)a->x;
+  const float* scales = a->scales;
+  const char* w = (const char*)a->panel;
+  int64_t b = a->k0 / a->block;
+  bool first = a->first;
+  for (int32_t k = a->k0; k < a->k1; k += a->block, ++b, scales += kTile) {
+    const int32_t end = k + a->block < a->k1 ? k + a->block : a->k1;
+    vi acc[M][V] = {};
+    for (int64_t q = k / 2; q < end / 2; q += 2, w += 128)
+      UNROLL
+      for (int i = 0; i < 2; ++i) {
+        vi v[V];
+        UNROLL
+        for (int t = 0; t < V; ++t) v[t] = load<vi>(w + i * 64 + t * L * 4);
+        UNROLL
+        for (int r = 0; r < M; ++r) {
+          const vi xs = splat(x[q * M + 2 * r + i]);
+          UNROLL
+          for (int t = 0; t < V; ++t) acc[r][t] = dot16(acc[r][t], v[t], xs);
+        }
+      }
+    UNROLL
+    for (int r = 0; r < M; ++r)
+      UNROLL
+      for (int t = 0; t < V; ++t) {
+        float* c = a->c + r * kTile + t * L;
+        vf y = to_float(acc[r][t]) * (load<vf>(scales + t * L) * splat(a->dx[b * M + r]));
+        if (!first) y += load<vf>(c);
+        store(c, y);
+      }
+    first = false;
+  }
+}
+
+template <int M>
+void panel_i8(const PanelArgs* a) {
+  const int32_t* x = (const int32_t*)a->x;
+  const float* scales = a->scales;
+  const char* w = (const char*)a->panel;
+  int64_t b = a->k0 / kBlock8;
+  bool first = a->first;
+  for (int32_t k = a->k0; k < a->k1; k += kBlock8, ++b, scales += 2 * kTile) {
+    vi acc[M][V] = {};
+    const int32_t end = k + kBlock8 < a->k1 ? k + kBlock8 : a->k1;
+#if KTFX_INT == 2
+    // 16-bit sums overflow after eight products of 2 * 15 * 127, or after five of MXFP4's 2 * 24 * 127.
+    const int32_t most = a->wide ? 16 : 32;
+    for (int32_t from = k; from < end; from += most) {
+      const int32_t to = from + most < end ? from + most : end;
+      __m256i part[M][V];
+      UNROLL
+      for (int r = 0; r < M; ++r)
+        UNROLL
+        for (int t = 0; t < V; ++t) part[r][t] = _mm256_setzero_si256();
+      for (int64_t q = from / 4; q < to / 4; ++q, w += 64) {
+        __m256i v[V];
+        UNROLL
+        for (int t = 0; t < V; ++t) v[t] = load<__m256i>(w + t * L * 4);
+        UNROLL
+        for (int r = 0; r < M; ++r) {
+          const __m256i xs = _mm256_set1_epi32(x[q * M + r]);
+          UNROLL
+          for (int t = 0; t < V; ++t) part[r][t] = _mm256_add_epi16(part[r][t], _mm256_maddubs_epi16(v[t], xs));
+        }
+      }
+      UNROLL
+      for (int r = 0; r < M; ++r)
+        UNROLL
+        for (int t = 0; t < V; ++t) acc[r][t] += (vi)_mm256_madd_epi16(part[r][t], _mm256_set1_epi16(1));
+    }
+#else
+    for (int64_t q = k / 4; q < end / 4; ++q, w += 64) {
+      vi v[V];
+      UNROLL
+      for (int t = 0; t < V; ++t) v[t] = load<vi>(w + t * L * 4);
+      UNROLL
+      for (int r = 0; r < M; ++r) {
+        const vi xs = splat(x[q * M + r]);
+        UNROLL
+        for (int t = 0; t < V; ++t) acc[r][t] = dot8(acc[r][t], v[t], xs);
+      }
+    }
+#endif
+    UNROLL
+    for (int r = 0; r < M; ++r)
+      UNROLL
+      for (int t = 0; t < V; ++t) {
+        float* c = a->c + r * kTile + t * L;
+        const vf offset = load<vf>(scales + kTile + t * L) * splat((float)a->sx[b * M + r]);
+        vf y = (to_float(acc[r][t]) * load<vf>(scales + t * L) - offset) * splat(a->dx[b * M + r]);
+        if (!first) y += load<vf>(c);
+        store(c, y);
+      }
     first = false;
   }
 }
@@ -342,7 +604,7 @@ void to_f32(const void* x, int dtype, float* out, int64_t n, float factor) {
   for (; i + L <= n; i += L) {
     vf v;
     if (dtype == KTFX_F32) v = load<vf>((const float*)x + i);
-    else if (dtype == KTFX_BF16) v = as_float(__builtin_convertvector(load<vh>((const uint16_t*)x + i), vi) << 16);
+    else if (dtype == KTFX_BF16) v = bf16_to_float(load<vh>((const uint16_t*)x + i));
     else v = half_to_float(load<vh>((const uint16_t*)x + i));
     store(out + i, v * factor);
   }
@@ -588,7 +850,7 @@ KTFX_INLINE float round_scale(float s, int dtype, void* out, int64_t i) {
   }
   vh h = dtype == KTFX_BF16 ? to_bf16(v) : to_half(v);
   ((uint16_t*)out)[i] = h[0];
-  vf back = dtype == KTFX_BF16 ? as_float(__builtin_convertvector(h, vi) << 16) : half_to_float(h);
+  vf back = dtype == KTFX_BF16 ? bf16_to_float(h) : half_to_float(h);
   return back[0];
 }
 
@@ -694,15 +956,16 @@ double sum(const uint8_t* data, int64_t bytes) {
 
 double fma(int64_t rounds) {
   vf a[10];
+  UNROLL
   for (int i = 0; i < 10; ++i) a[i] = splat((float)i);
   vf b = splat(0.999f), c = splat(0.001f);
   for (int64_t n = 0; n < rounds; ++n) {
-#pragma GCC unroll 10
+    UNROLL
     for (int i = 0; i < 10; ++i) a[i] = a[i] * b + c;
-    asm volatile("" : "+m"(*(char*)&b));
   }
   vf all = {};
-  for (auto& v : a) all += v;
+  UNROLL
+  for (int i = 0; i < 10; ++i) all += a[i];
   volatile float keep = all[0];
   (void)keep;
   return (double)rounds * 10 * L * 2;
@@ -726,7 +989,7 @@ KernelTable make_table(const char* name, const KernelTable* base) {
 
 // Rows a register tile: 16 registers hold 6 x 2 sums (AVX2), 32 hold 12 (AVX-512).
 constexpr int kRowsFloat = KTFX_INT == 5 ? 12 : KTFX_INT == 2 ? 6 : 4;
-constexpr int kRowsInteger = KTFX_INT == 5 ? 8 : 4;
+constexpr int kRowsInteger = 4;  // more rows take a panel
 
 template <int M>
 struct Fill {
@@ -736,6 +999,8 @@ struct Fill {
       t.f32[1][M] = float_tile<KTFX_FMT_BF16, M>;
       t.f32[2][M] = float_tile<KTFX_FMT_F16, M>;
       t.f32[3][M] = float_tile<KTFX_FMT_FP8, M>;
+      t.panel_i16[M] = panel_i16<M>;
+      t.panel_i8[M] = panel_i8<M>;
       if constexpr (M <= kRowsInteger) {
         t.i16[0][0][M] = int16_tile<KTFX_FMT_INT8, KTFX_F32, M>;
         t.i16[1][0][M] = int16_tile<KTFX_FMT_INT4, KTFX_F32, M>;
@@ -761,8 +1026,11 @@ struct Fill {
 KernelTable make_table(const char* name) {
   KernelTable t = {};
   t.name = name;
-  t.rows_f32 = kRowsFloat;
-  t.rows_i16 = t.rows_i8 = kRowsInteger;
+  t.rows = kRowsFloat;
+  t.rows_direct = kRowsInteger;
+  t.unpack_f32 = unpack_f32;
+  t.unpack_i16 = unpack_i16;
+  t.unpack_i8 = unpack_i8;
   Fill<kRowsFloat>::rows(t);
   t.to_f32 = to_f32;
   t.from_f32 = from_f32;
