@@ -29,6 +29,7 @@ from ktfx.cli.models import find_model, load_config, meta_model, shipped_shapes
 from ktfx.cli.placement import placement_rows, span_text
 from ktfx.cli.stream import TokenStream
 from ktfx.demo import train
+from ktfx.progress import listening
 from ktfx.resolve import resolve
 from ktfx.ruleset import load_ruleset, shipped_rulesets
 
@@ -437,6 +438,25 @@ def test_run_says_so_if_a_token_differs(
         "first_difference": 3,
         "speed": None,
     }
+
+
+def test_progress_tells_of_every_stage_and_unit() -> None:
+    """What the bar of ``ktfx run`` shows; outside the block nobody is told."""
+    rules = {"ktfx": 1, "devices": {"a": "cuda:0", "b": "cuda:1"}, "default_device": "a", "rules": [
+        {"match": {"name": "^1$"}, "replace": {"device": "b"}}]}  # fmt: skip
+    model = torch.nn.Sequential(torch.nn.Linear(2, 3), torch.nn.Linear(3, 4)).eval()
+    options = {"rules": rules, "simulate": "cpu", "partition_backend": "eager"}
+    told: list[tuple[str, int, int]] = []
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend="ktfx", options=options)
+    with torch.no_grad(), listening(lambda *event: told.append(event)):
+        compiled(torch.ones(1, 2))
+    assert told == [("capture", 0, 0), ("passes", 0, 0), ("compile", 1, 2), ("compile", 2, 2)]
+    told.clear()
+    torch._dynamo.reset()
+    with torch.no_grad():
+        torch.compile(model, backend="ktfx", options=options)(torch.ones(1, 2))
+    assert told == []
 
 
 @pytest.mark.slow

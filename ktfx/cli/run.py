@@ -99,7 +99,7 @@ def run(
     model: Annotated[
         str, typer.Argument(metavar="[MODEL]", help="A model directory; without one, the small model that ships.")
     ] = DEMO,
-    prompt: Annotated[str, typer.Option("--prompt", "-p", help="The text to go on from.")] = "Return the ",
+    prompt: Annotated[str, typer.Option("--prompt", "-p", help="The text to go on from.")] = "Raises ValueError if ",
     rules: Annotated[
         str | None,
         typer.Option("--rules", "-r", metavar="RULES", help="A rule file or a shipped name; without one, ktfx picks."),
@@ -112,7 +112,7 @@ def run(
     ] = None,
     max_new_tokens: Annotated[
         int, typer.Option("--max-new-tokens", "-n", min=1, help="How many tokens to generate.")
-    ] = 96,
+    ] = 64,
     backend: Annotated[Backend, typer.Option(help="What compiles the partitions; eager runs them as they are.")] = (
         Backend.INDUCTOR
     ),
@@ -292,9 +292,14 @@ def _showing_compiles(progress: Progress) -> Iterator[None]:
     from ktfx.progress import listening
 
     task = progress.add_task("tracing the model", total=None)
+    graphs = 0
 
     def show(stage: str, done: int, total: int) -> None:
-        text = _STAGES.get(stage, stage) + (f" {done}/{total}" if total else "")
+        nonlocal graphs
+        if stage == "capture":
+            graphs += 1
+            progress.reset(task)  # a finished bar's clock stands still
+        text = f"graph {graphs}: {_STAGES.get(stage, stage)}" + (f" {done}/{total}" if total else "")
         progress.update(task, description=text, completed=done, total=total or None)
 
     with listening(show):
