@@ -21,6 +21,7 @@ from ktfx.patterns import GETITEM, Call, Expression, Literal, Sequence
 SAME = {
     "aten._to_copy": "aten.to",
     "prims.convert_element_type": "aten.to",
+    "aten.type_as": "aten.to",
     "aten.reshape": "aten.view",
     "aten._unsafe_view": "aten.view",
     "aten._reshape_alias": "aten.view",
@@ -206,7 +207,7 @@ def _own_view(node: fx.Node) -> View | None:
     view = View(family, tuple(args), node.target._overloadname, (), first.dim() if first is not None else None)
     shape_rules = {CAST: _cast, "aten.view": _reshape, "aten.softmax": _softmax}
     rewrite = shape_rules.get(family)
-    return rewrite(node, view) if rewrite is not None else _drop_own_dtype(view)
+    return rewrite(node, view) if rewrite is not None else _with_dtype(node, view)
 
 
 def _plainly_equal(value: Any, default: Any) -> bool:
@@ -235,23 +236,26 @@ def _reshape(node: fx.Node, view: View) -> View:
 
 
 def _softmax(node: fx.Node, view: View) -> View:
-    """(self, dim, dtype), dtype None where it is the input's own."""
-    source, mine = tensor_of(view.args[0].value), tensor_of(node)
-    dtype = None if source is None or mine is None or source.dtype == mine.dtype else mine.dtype
-    args = (view.args[0], Arg("dim", _value(view, "dim")), Arg("dtype", dtype, dtype is None))
+    """(self, dim, dtype), the dtype being the one that comes out."""
+    args = (view.args[0], Arg("dim", _value(view, "dim")), _dtype_out(node, view))
     return View("aten.softmax", args, "" if view.overload == "default" else view.overload, (), view.rank)
 
 
-def _drop_own_dtype(view: View) -> View:
-    """``sum(x, dtype=float32)`` of a float32 tensor is ``sum(x)``."""
-    source = tensor_of(view.args[0].value) if view.args else None
-    if source is None or not source.dtype.is_floating_point:
+def _with_dtype(node: fx.Node, view: View) -> View:
+    """The dtype of ``sum(x, dtype=float32)`` as what comes out; it may be left out if it is the input's own."""
+    if not any(a.name == "dtype" for a in view.args) or tensor_of(view.args[0].value) is None:
         return view
-    args = tuple(
-        Arg(a.name, None, True, a.keyword_only) if a.name == "dtype" and a.value == source.dtype else a
-        for a in view.args
-    )
+    args = tuple(_dtype_out(node, view) if a.name == "dtype" else a for a in view.args)
     return View(view.op, args, view.overload, view.consumed, view.rank)
+
+
+def _dtype_out(node: fx.Node, view: View) -> Arg:
+    source, mine = tensor_of(view.args[0].value), tensor_of(node)
+    keyword_only = any(a.name == "dtype" and a.keyword_only for a in view.args)
+    if source is None or mine is None:
+        given = _value(view, "dtype")
+        return Arg("dtype", given, given is None, keyword_only)
+    return Arg("dtype", mine.dtype, _value(view, "dtype") is None or mine.dtype == source.dtype, keyword_only)
 
 
 # ---- the same value under another name
@@ -384,6 +388,19 @@ def _from_slice(node: fx.Node, view: View) -> Iterator[View]:
         yield _call(PART, view.args[0].value, start // length, whole // length, dim, rank=view.rank)
 
 
+def _from_softmax(node: fx.Node, view: View) -> Iterator[View]:
+    """``softmax(x.float(), dim)`` as ``softmax(x, dim, float32)``."""
+    inner, mine = view.args[0].value, tensor_of(node)
+    if not _is_call(inner, CAST) or mine is None:
+        return
+    source, cast = tensor_of(inner.args[0]), tensor_of(inner)
+    if source is None or cast is None or cast.dtype != mine.dtype or not source.dtype.is_floating_point:
+        return
+    if torch.promote_types(source.dtype, cast.dtype) == cast.dtype:
+        args = (Arg("self", inner.args[0]), view.args[1], Arg("dtype", mine.dtype))
+        yield View("aten.softmax", args, "", (inner,), view.rank)
+
+
 def _is_call(value: Any, *families: str) -> bool:
     return isinstance(value, fx.Node) and value.op == "call_function" and op_family(value.target) in families
 
@@ -400,6 +417,7 @@ _DERIVED: dict[str, tuple[_Derive, ...]] = {
     "aten.permute": (_from_permute,),
     GETITEM: (_from_getitem,),
     "aten.slice": (_from_slice,),
+    "aten.softmax": (_from_softmax,),
 }
 
 

@@ -96,12 +96,15 @@ class _TooManyWays(Exception):
 class Matcher:
     """A compiled pattern. ``origin`` and ``rule`` are what errors name.
 
+    readings: the views of nodes read so far; matchers of one graph may share it.
+
     Raises RuleError for an operator that does not exist or cannot take the arguments written.
     """
 
     pattern: Expression
     origin: Origin | None = None
     rule: str | None = None
+    readings: dict[fx.Node, list[View]] = field(default_factory=dict)
     canonical: Expression = field(init=False)
 
     def __post_init__(self) -> None:
@@ -113,7 +116,6 @@ class Matcher:
         self.outputs = outputs
         # The largest output first: smaller ones are mostly parts of it.
         self._order = sorted(range(len(outputs)), key=lambda i: -_count_calls(outputs[i]))
-        self._views: dict[fx.Node, list[View]] = {}
         self._steps = 0
         self._best: Failure | None = None
         self._root: fx.Node | None = None
@@ -137,17 +139,27 @@ class Matcher:
         """These nodes are new or gone: read what depends on them anew."""
         for node in changed:
             for user in (node, *node.users, *(second for first in node.users for second in first.users)):
-                self._views.pop(user, None)
+                self.readings.pop(user, None)
 
     def candidates(self, nodes: Iterable[fx.Node]) -> list[fx.Node]:
         """The nodes at which the outermost operator can be read."""
-        root = self.anchor
-        return [n for n in nodes if n.op == "call_function" and any(_same_op(root, v) for v in self.views(n))]
+        return [n for n in nodes if n.op == "call_function" and self._readable(self.anchor, n)]
+
+    def _readable(self, pattern: Expression, node: fx.Node) -> bool:
+        """Whether the node can be the pattern's outermost operator (a cast to the dtype that it has may be missing)."""
+        if any(_same_op(pattern, v) for v in self.views(node)):
+            return True
+        return (
+            isinstance(pattern, Call)
+            and pattern.op == CAST
+            and self._is_cast_already(pattern, node)
+            and self._readable(pattern.args[0], node)
+        )
 
     def views(self, node: fx.Node) -> list[View]:
-        found = self._views.get(node)
+        found = self.readings.get(node)
         if found is None:
-            found = self._views[node] = views(node)
+            found = self.readings[node] = views(node)
         return found
 
     def match(self, root: fx.Node) -> Match | Failure:
@@ -201,7 +213,7 @@ class Matcher:
             near_nodes.update(dict.fromkeys(ring))
         tried = False
         for node in near_nodes:
-            if any(_same_op(first, v) for v in self.views(node)):
+            if self._readable(first, node):
                 tried = True
                 for found in self._match(first, node, binding, ("output",)):
                     yield from self._others(rest, found)
@@ -275,7 +287,8 @@ class Matcher:
             # A cast that the pattern asks for and the graph has no need of.
             dtype = _argument(pattern, 1, "dtype")
             assert dtype is not None
-            for found in self._match(dtype, value.meta["val"].dtype, binding, inside):
+            held = replace(binding, pairs=(*binding.pairs, (pattern, value)))
+            for found in self._match(dtype, value.meta["val"].dtype, held, inside):
                 yield from self._match(pattern.args[0], value, found, inside)
         elif not readings:
             self._fail("op", f"expects {pattern.op}, the graph has {shown(value)}", binding, where, value)
@@ -333,6 +346,9 @@ class Matcher:
             rank = _dim_rank(view, node)
             value = _wrapped(value, rank)
             pattern = Literal(_wrapped(pattern.value, rank))
+        if isinstance(pattern, Sequence) and name == "size":
+            # A written -1 is any size.
+            pattern = Sequence(tuple(Capture("_") if i == Literal(-1) else i for i in pattern.items))
         if isinstance(pattern, Literal) and name == "size" and _size_equal(pattern.value, value):
             found: Iterator[_Binding] = iter((binding,))
         else:

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from torch import fx
 
 from ktfx import kt_compat
 from ktfx.canonical import tensor_of
-from ktfx.devices import canonical, written_device
 from ktfx.errors import RuleError
-from ktfx.graph import info, is_tensor_node, op_name
+from ktfx.fusion import device_name, is_on, spans_devices
+from ktfx.graph import info, op_name
 from ktfx.matcher import Failure, Match, Matcher, check_operators, shown, text_of
 from ktfx.pass_manager import Pass, PassContext, Rewrite, register_pass
 from ktfx.patterns import operators
@@ -219,35 +219,19 @@ class _Scope:
     def conditions(self, rule: Rule, match: Match) -> str | None:
         """The first of ``where`` that does not hold, in words; also a match that lies on two devices."""
         where = rule.match.where
-        device = self.device(match.root)
+        device = device_name(match.root, self.context)
         if where is not None:
             val = tensor_of(match.root)
             dtype = str(val.dtype).removeprefix("torch.") if val is not None else "no tensor"
             if where.dtype is not None and where.dtype != dtype:
                 return f"where.dtype: the rule asks for {where.dtype}, {match.root.name} is {dtype}"
-            if where.device is not None and not self._is_on(where.device, device):
+            if where.device is not None and not is_on(where.device, device, self.ruleset):
                 return f"where.device: the rule asks for {where.device}, {match.root.name} runs on {device}"
             for name, sizes in (where.shapes or {}).items():
                 failed = _shape_differs(name, match.captures[name], sizes)
                 if failed is not None:
                     return failed
-        other = next((n for n in _tensors(match.nodes) if self.device(n) != device), None)
-        if other is not None:
-            return f"it spans two devices: {other.name} runs on {self.device(other)}, {match.root.name} on {device}"
-        return None
-
-    def device(self, node: fx.Node) -> str:
-        """The name of the device that the node will be assigned to."""
-        return self.context.resolution.glue_device(info(node).module, self.context.phase)
-
-    def _is_on(self, asked: str, device: str) -> bool:
-        """``cuda`` and ``cpu`` are kinds, as the rule file writes them; simulation does not change a device's kind."""
-        written = written_device(device, self.ruleset.devices)
-        return asked in (device, written.partition(":")[0]) or canonical(asked) == written
-
-
-def _tensors(nodes: Iterable[fx.Node]) -> Iterator[fx.Node]:
-    return (n for n in nodes if is_tensor_node(n))
+        return spans_devices(match.nodes, match.root, self.context)
 
 
 def _shape_differs(name: str, value: object, sizes: tuple[int | None, ...]) -> str | None:
