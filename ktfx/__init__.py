@@ -9,9 +9,21 @@ from ktfx.errors import KtfxError, KtfxWarning
 
 if TYPE_CHECKING:
     from ktfx.api import compile, refresh, restore, state_of
+    from ktfx.loading import from_pretrained
+    from ktfx.resolve import resolve
     from ktfx.ruleset import load_ruleset
 
-__all__ = ["KtfxError", "KtfxWarning", "compile", "load_ruleset", "refresh", "restore", "state_of"]
+__all__ = [
+    "KtfxError",
+    "KtfxWarning",
+    "compile",
+    "from_pretrained",
+    "load_ruleset",
+    "refresh",
+    "resolve",
+    "restore",
+    "state_of",
+]
 
 # Loaded at first use: torch takes seconds to import, and `ktfx --help` needs none of it.
 _HOME = {
@@ -19,6 +31,7 @@ _HOME = {
     "refresh": "ktfx.api",
     "restore": "ktfx.api",
     "state_of": "ktfx.api",
+    "from_pretrained": "ktfx.loading",
     "load_ruleset": "ktfx.ruleset",
 }
 

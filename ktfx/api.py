@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import functools
 import inspect
-import types
+import warnings
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,9 +15,9 @@ from torch import nn
 
 from ktfx.backend import compile_graph
 from ktfx.cache import place_cache
-from ktfx.errors import CaptureError, KtfxError, OptionError
+from ktfx.errors import CaptureError, KtfxError, KtfxWarning, OptionError
+from ktfx.graph_breaks import first_line, refuse_break_inside_layer
 from ktfx.options import CompileOptions, RulesSource, parse_options
-from ktfx.placed_tensor import PlacedTensor
 from ktfx.state import ModelState, forget, model_state, states_of
 
 _ATTRIBUTE = "_ktfx_compiled"
@@ -61,18 +61,25 @@ def compile(
         raise OptionError(f"cache={cache!r}", expected="'static' or None (whatever the caller passes)")
     parsed = parse_options({"rules": rules, **options})
     if model.training:
-        raise CaptureError("the model is in training mode; ktfx compiles inference only", mend="call model.eval() first")
+        raise CaptureError(
+            "the model is in training mode; ktfx compiles inference only", mend="call model.eval() first"
+        )
     state = model_state(model, parsed, _device_of(model))
     original = model.forward
     compiled = Compiled(parsed, state, original)
     # torch ≥ 2.11 has the filter; placed parameters cost 5 ms of guards a call without it, and plain ones 0.3 ms.
-    inner = torch.compile(
-        original,
-        backend=_Backend(weakref.ref(model), parsed),
-        dynamic=dynamic,
-        options={"guard_filter_fn": torch.compiler.skip_guard_on_all_nn_modules_unsafe},
+    # Whole graphs first: Dynamo then says where a break is instead of cutting the model in silence.
+    whole, pieces = (
+        torch.compile(
+            original,
+            backend=_Backend(weakref.ref(model), parsed),
+            dynamic=dynamic,
+            fullgraph=fullgraph,
+            options={"guard_filter_fn": torch.compiler.skip_guard_on_all_nn_modules_unsafe},
+        )
+        for fullgraph in (True, False)
     )
-    model.forward = _wrap(model, original, inner, state)
+    model.forward = _wrap(model, original, whole, pieces, state)
     generation = getattr(model, "generation_config", None)
     if generation is not None and cache is not None:
         compiled.cache_implementation = generation.cache_implementation
@@ -102,20 +109,39 @@ class _Backend:
 
 
 def _wrap(
-    model: nn.Module, original: Callable[..., Any], inner: Callable[..., Any], state: ModelState
+    model: nn.Module,
+    original: Callable[..., Any],
+    whole: Callable[..., Any],
+    pieces: Callable[..., Any],
+    state: ModelState,
 ) -> Callable[..., Any]:
+    """The forward that callers see: places the cache, runs the compiled graph, turns torch's errors into ktfx's."""
     logical = _device_of(model)
     self_ref = weakref.ref(model)
+    in_pieces = False
 
     @functools.wraps(original)
     def forward(*args: Any, **kwargs: Any) -> Any:
+        nonlocal in_pieces
+        owner = self_ref()
+        assert owner is not None
         cache = kwargs.get("past_key_values")
         if cache is not None:
-            owner = self_ref()
-            assert owner is not None
             place_cache(cache, owner, original, args, kwargs, state.resolution, state.devices, logical)
         try:
-            return inner(*args, **kwargs)
+            if not in_pieces:
+                try:
+                    return whole(*args, **kwargs)
+                except (torch._dynamo.exc.Unsupported, torch._dynamo.exc.UserError) as error:
+                    refuse_break_inside_layer(owner, error)
+                    _warn_pieces(f"the model does not trace whole: {first_line(error)}")
+                except torch._dynamo.exc.FailOnRecompileLimitHit:
+                    _warn_pieces(
+                        "the model was compiled for as many different calls as torch allows "
+                        "(torch._dynamo.config.recompile_limit); further ones run uncompiled"
+                    )
+                in_pieces = True
+            return pieces(*args, **kwargs)
         except torch._dynamo.exc.BackendCompilerFailed as error:
             if isinstance(error.inner_exception, KtfxError):
                 raise error.inner_exception from None
@@ -123,6 +149,10 @@ def _wrap(
 
     forward.__signature__ = inspect.signature(original)  # type: ignore[attr-defined]
     return forward
+
+
+def _warn_pieces(reason: str) -> None:
+    warnings.warn(f"{reason}. It runs in pieces: slower, but right.", KtfxWarning, stacklevel=3)
 
 
 def _device_of(model: nn.Module) -> torch.device:

@@ -69,7 +69,11 @@ def _is_placed(layer: Any) -> bool:
 
 def _initialized(layer: Any) -> bool:
     flag = getattr(layer, "is_initialized", True)
-    states = [getattr(layer, n) for n in ("is_conv_states_initialized", "is_recurrent_states_initialized") if hasattr(layer, n)]
+    states = [
+        getattr(layer, n)
+        for n in ("is_conv_states_initialized", "is_recurrent_states_initialized")
+        if hasattr(layer, n)
+    ]
     flags = [all(s) if isinstance(s, (list, tuple)) else bool(s) for s in states]
     return bool(flag) and all(flags)
 
@@ -116,7 +120,11 @@ def _batched_experts(model: nn.Module) -> Iterator[None]:
 def _initialize(layer: Any, reference: Any, logical: torch.device) -> None:
     """Let the layer allocate its own tensors, as its first update would."""
     keys, values = getattr(reference, "keys", None), getattr(reference, "values", None)
-    if isinstance(keys, torch.Tensor) and isinstance(values, torch.Tensor) and not getattr(layer, "is_initialized", True):
+    if (
+        isinstance(keys, torch.Tensor)
+        and isinstance(values, torch.Tensor)
+        and not getattr(layer, "is_initialized", True)
+    ):
         batch, heads = int(keys.shape[0]), int(keys.shape[1])
         empty_keys = torch.zeros((batch, heads, 0, int(keys.shape[-1])), dtype=keys.dtype, device=logical)
         empty_values = torch.zeros((batch, heads, 0, int(values.shape[-1])), dtype=values.dtype, device=logical)

@@ -17,6 +17,7 @@ from torch._functorch.aot_autograd import aot_export_module
 from ktfx.dynamo_access import current_frame, live_module, source_name, weight_source
 from ktfx.errors import CaptureError
 from ktfx.graph import INFO, GraphInput, NodeInfo, insert_placeholder, output_node, placeholders
+from ktfx.graph_breaks import refuse_piece_of_layer
 from ktfx.placed_tensor import PlacedTensor
 from ktfx.roles import layer_of
 
@@ -118,39 +119,16 @@ def _find_model(gm: fx.GraphModule, nodes: list[fx.Node], model: nn.Module | Non
         return traced, ""
     for path, module in model.named_modules():
         if module is traced:
-            _refuse_break_inside_layer(model, path, traced, frame.code_name if frame else "")
+            refuse_piece_of_layer(model, path, frame.code_name if frame else "")
             return model, path
     return traced, ""
 
 
-def _refuse_break_inside_layer(model: nn.Module, path: str, traced: nn.Module, code_name: str) -> None:
-    """A piece of the model was traced alone: fine between layers, an error inside one."""
-    if layer_of(path) is None:
-        return
-    is_whole_layer = layer_of(path.rpartition(".")[0]) is None and "resume" not in code_name
-    if is_whole_layer:
-        return
-    raise CaptureError(
-        "a graph break inside a decoder layer cut the layer into pieces",
-        module=path,
-        expected="a layer that traces whole",
-        mend=_break_mend(model),
-    )
-
-
-def _break_mend(model: nn.Module) -> str:
-    config = getattr(model, "config", None)
-    if getattr(config, "_experts_implementation", None) == "eager":
-        return (
-            "the model runs experts_implementation='eager', which breaks at nonzero(): call "
-            "model.set_experts_implementation('grouped_mm')"
-        )
-    return "run once with TORCH_LOGS=graph_breaks to see the line, and remove what breaks there (print, .item(), hooks)"
-
-
 def _check_model(model: nn.Module) -> None:
     if model.training:
-        raise CaptureError("the model is in training mode; ktfx compiles inference only", mend="call model.eval() first")
+        raise CaptureError(
+            "the model is in training mode; ktfx compiles inference only", mend="call model.eval() first"
+        )
     for path, module in model.named_modules():
         if hasattr(module, "_hf_hook"):
             raise CaptureError(
@@ -206,7 +184,7 @@ def _describe_inputs(
 
 
 def _lift_constants(gm: fx.GraphModule, inputs: dict[fx.Node, GraphInput]) -> dict[fx.Node, torch.Tensor]:
-    """Tensors made from literals (``torch.tensor([-1])``) are attributes of the export; make them inputs like weights."""
+    """Tensors made from literals (``torch.tensor([-1])``) are attributes of the export: make them inputs, as weights are."""
     constants: dict[fx.Node, torch.Tensor] = {}
     by_target: dict[str, fx.Node] = {}
     for node in list(gm.graph.nodes):

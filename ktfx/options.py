@@ -69,7 +69,8 @@ def parse_options(given: Mapping[str, Any] | None, mode: str | None = None) -> C
     simulate = options.get("simulate")
     if simulate is not None and not isinstance(simulate, (str, Mapping)):
         raise OptionError(
-            f"option 'simulate' is {simulate!r}", expected='a device such as "cpu", or a mapping of device names to devices'
+            f"option 'simulate' is {simulate!r}",
+            expected='a device such as "cpu", or a mapping of device names to devices',
         )
     if options.get("memory") is not None:
         options["memory"] = {str(k): parse_bytes(v) for k, v in dict(options["memory"]).items()}
@@ -79,8 +80,17 @@ def parse_options(given: Mapping[str, Any] | None, mode: str | None = None) -> C
             f"option 'rules' is a {type(rules).__name__}",
             expected="a path, the name of a shipped rule file, a mapping, or a list of KTransformers rules",
         )
-    key = json.dumps({k: options[k] for k in sorted(options)}, default=str, sort_keys=True)
+    key = json.dumps(_with_text_keys(options), default=str, sort_keys=True)
     return CompileOptions(**options, mode=mode, key=key)
+
+
+def _with_text_keys(value: Any) -> Any:
+    """Mappings with their keys as text, so that they can be sorted (YAML's ``layers:`` mixes numbers and text)."""
+    if isinstance(value, Mapping):
+        return {str(k): _with_text_keys(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_with_text_keys(v) for v in value]
+    return value
 
 
 def _expect(options: Mapping[str, Any], name: str, kind: type) -> None:

@@ -71,6 +71,7 @@ class PlacedTensor(torch.Tensor):
         return self.physical.to(self.device, copy=True)
 
     @classmethod
+    @torch._disable_dynamo  # after a graph break Dynamo would trace this very function
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func in _KEEP_PLACED:

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import nn
 
+from ktfx.devices import DeviceMap
 from ktfx.placed_tensor import PlacedTensor
+from ktfx.resolve import Resolution
 from ktfx.state import ModelState
 
 
@@ -16,27 +19,44 @@ def release_host_copies(model: nn.Module, state: ModelState) -> int:
     A weight that two devices want keeps one home (its generate device) and is copied from there. ``state_dict()``
     fetches, so saving works as before.
     """
-    released = 0
+    logical = next(model.parameters()).device
+    released = place_module_tensors(model, state.resolution, state.devices, state.logical_name, logical)
+    state.store.reindex()
+    return released
+
+
+def place_module_tensors(
+    model: nn.Module, resolution: Resolution, devices: DeviceMap, logical_name: str, logical: torch.device
+) -> int:
+    """Parameters that belong elsewhere become PlacedTensors that say they lie on ``logical``; returns the bytes moved.
+
+    A tensor already on its real device (a loader put it there) is wrapped, not copied.
+    """
     moved: dict[int, nn.Parameter] = {}
-    logical = state.logical_name
+    total = 0
     for path, module in model.named_modules():
-        device = state.resolution.glue_device(path, "generate")
-        if device == logical:
-            continue
+        device = resolution.glue_device(path, "generate")
         for leaf, parameter in list(module._parameters.items()):
             if parameter is None or isinstance(parameter, PlacedTensor):
                 continue
+            if device == logical_name and parameter.device == logical:
+                continue
             if id(parameter) not in moved:
-                physical = parameter.detach().to(state.devices[device], copy=True)
-                placed = PlacedTensor(physical, device, parameter.device)
-                moved[id(parameter)] = nn.Parameter(placed, requires_grad=False)
-                released += parameter.numel() * parameter.element_size()
+                real = devices[device]
+                physical = parameter.detach()
+                if physical.device != real or physical.device == logical:
+                    physical = physical.to(real, copy=True)
+                moved[id(parameter)] = nn.Parameter(PlacedTensor(physical, device, logical), requires_grad=False)
+                total += parameter.numel() * parameter.element_size()
             module._parameters[leaf] = moved[id(parameter)]
-    # The hooks fetch on save: a PlacedTensor means nothing to a checkpoint.
-    handle = model.register_state_dict_post_hook(_fetch_state_dict)
-    object.__setattr__(model, "_ktfx_state_dict_hook", handle)
-    state.store.reindex()
-    return released
+        for leaf, buffer in list(module._buffers.items()):
+            if buffer is not None and buffer.device != logical:
+                module._buffers[leaf] = buffer.to(logical)  # buffers are small: constants of rotary embeddings
+    if "_ktfx_state_dict_hook" not in model.__dict__:
+        # A PlacedTensor means nothing to a checkpoint: saving fetches.
+        handle = model.register_state_dict_post_hook(_fetch_state_dict)
+        object.__setattr__(model, "_ktfx_state_dict_hook", handle)
+    return total
 
 
 def _fetch_state_dict(module: nn.Module, state_dict: dict[str, Any], prefix: str, local_metadata: Any) -> None:

@@ -41,9 +41,7 @@ class GraphReport:
         """(from, to, bytes) of each transfer step."""
         from ktfx.program.program import Transfer
 
-        return [
-            (s.source_name, s.target_name, s.nbytes) for s in self.built.program.steps if isinstance(s, Transfer)
-        ]
+        return [(s.source_name, s.target_name, s.nbytes) for s in self.built.program.steps if isinstance(s, Transfer)]
 
     def partitions(self) -> Counter[str]:
         """Compile units per device name."""

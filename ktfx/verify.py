@@ -50,6 +50,10 @@ def verified(
     return call
 
 
+# Their values are whatever memory held: never compared.
+_UNINITIALISED = ("aten.empty", "aten.new_empty")
+
+
 class _Recorder(fx.Interpreter):
     """Runs a graph and keeps (or compares) every node's value by name."""
 
@@ -63,7 +67,9 @@ class _Recorder(fx.Interpreter):
     def run_node(self, n: fx.Node) -> Any:
         value = super().run_node(n)
         self.values[n.name] = value
-        if self.expected is not None and self.first_difference is None and n.op == "call_function":
+        searching = self.expected is not None and self.first_difference is None
+        if searching and n.op == "call_function" and not op_name(n).startswith(_UNINITIALISED):
+            assert self.expected is not None
             before = self.expected.get(n.name)
             if isinstance(before, torch.Tensor) and isinstance(value, torch.Tensor):
                 error = relative_error(value, before)
@@ -130,7 +136,9 @@ def check_program(
     writes = context.captured.writes
     index = {n: context.captured.inputs[n].index for _, n in writes}
     pairs = [(f"cache {name}", expected[i], args[index[name]]) for i, name in writes]
-    pairs += [(f"output {i}", want, got) for i, (want, got) in enumerate(zip(expected[len(writes) :], outputs, strict=True))]
+    pairs += [
+        (f"output {i}", want, got) for i, (want, got) in enumerate(zip(expected[len(writes) :], outputs, strict=True))
+    ]
     for label, want, got in pairs:
         if not isinstance(want, torch.Tensor):
             continue

@@ -48,9 +48,7 @@ class PartitionByDevice(Pass):
         layers_per_unit: int = 1
 
     def run(self, gm: fx.GraphModule, context: PassContext) -> None:
-        compute = [
-            n for n in gm.graph.nodes if n.op == "call_function" and is_tensor_node(n) and not is_transfer(n)
-        ]
+        compute = [n for n in gm.graph.nodes if n.op == "call_function" and is_tensor_node(n) and not is_transfer(n)]
         index = {n: i for i, n in enumerate(compute)}
         owner = {n: self._pinned(n) for n in compute}
         inputs = [[index[p] for p in _compute_inputs(n, index)] for n in compute]

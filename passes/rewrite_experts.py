@@ -104,9 +104,7 @@ class RewriteExperts(Pass):
                 module=placement.module,
                 mend="name another op, or add `fallback: aten` to the rule to run the model's own operations there",
             )
-        context.warn(
-            f"{placement.module}: {op} → experts.aten on {placement.at(context.phase).device} ({reason})"
-        )
+        context.warn(f"{placement.module}: {op} → experts.aten on {placement.at(context.phase).device} ({reason})")
         context.miss(placement.module, reason, rule.label if rule else None)
 
     @staticmethod
@@ -208,7 +206,8 @@ def find_region(nodes: list[fx.Node], spec: ExpertsSpec, context: PassContext) -
         n
         for n in outside
         if isinstance(n.meta.get("val"), torch.Tensor)
-        and context.captured.inputs.get(n.name, GraphInput("input", "", 0)).kind not in ("parameter", "buffer", "constant")
+        and context.captured.inputs.get(n.name, GraphInput("input", "", 0)).kind
+        not in ("parameter", "buffer", "constant")
     ]
     ids = [n for n in tensors if not n.meta["val"].dtype.is_floating_point and n.meta["val"].dim() == 2]
     if len(ids) != 1:

@@ -119,7 +119,9 @@ FAMILIES: tuple[Family, ...] = (
     ),
     Family("minimax_m2", {"num_local_experts": 8, "num_experts_per_tok": 2}),
     Family("flex_olmo", {"num_experts": 8, "num_experts_per_tok": 2}),
-    Family("dots1", {
+    Family(
+        "dots1",
+        {
             "moe_intermediate_size": 24,
             "n_routed_experts": 8,
             "n_shared_experts": 1,
@@ -127,7 +129,8 @@ FAMILIES: tuple[Family, ...] = (
             "first_k_dense_replace": 1,
             "n_group": 1,
             "topk_group": 1,
-        }),
+        },
+    ),
     Family("llama", {}),
 )
 
