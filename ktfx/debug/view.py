@@ -52,18 +52,8 @@ def graph_data(trace: Trace) -> dict[str, Any]:
     start = [ids[n.name] for n in first]
     passes = [_pass_data(entry, ids, table) for entry in trace.passes]
     manifest = trace.manifest
-    copied = (
-        "phase_reason",
-        "rules",
-        "logical",
-        "devices",
-        "versions",
-        "seconds",
-        "warnings",
-        "runs",
-        "model",
-        "command",
-    )
+    copied = ("phase_reason", "rules", "logical", "devices", "versions", "seconds", "warnings", "runs", "model")
+    of_unit = ("index", "device", "run", "layer", "key", "shared", "compile_seconds")
     return {
         "phase": trace.label,
         "command": manifest.get("command"),
