@@ -15,14 +15,19 @@ help: ## list the targets
 
 setup: $(STAMP) ## make .venv and install ktfx with all that its tests need
 
+# pip is told nothing of where to get packages from: its own configuration and environment say that.
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+TORCH_IS_THERE := import torch, sys; v = torch.__version__.split("."); sys.exit(not (2, 11) <= (int(v[0]), int(v[1])) < (2, 14))
+
 $(STAMP): $(PACKAGE)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
-		echo "ktfx needs Python 3.11 or newer; this is $$($(PYTHON) --version). Try: make PYTHON=python3.11 $(MAKECMDGOALS)"; exit 1; }
-	@command -v $${CXX:-g++} >/dev/null || echo "no C++ compiler: the CPU kernels will not be built, and Inductor cannot compile"
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	@$(BIN)/python -c 'import torch, sys; v = torch.__version__.split("+")[0].split("."); sys.exit(not (2, 11) <= (int(v[0]), int(v[1])) < (2, 14))' 2>/dev/null \
-		|| $(BIN)/python -m pip install --quiet --disable-pip-version-check '$(TORCH)'
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[test]'
+		echo "ktfx needs Python 3.11 or newer, and this is $$($(PYTHON) --version): make PYTHON=python3.12 $(MAKECMDGOALS)"; exit 1; }
+	@command -v $${CXX:-g++} >/dev/null || { \
+		echo "no C++ compiler ($${CXX:-g++}): install g++; Inductor and the CPU kernels need it"; exit 1; }
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -c '$(TORCH_IS_THERE)' 2>/dev/null || { echo "installing $(TORCH) into $(VENV)"; $(PIP) '$(TORCH)'; }
+	@echo "installing ktfx into $(VENV) and compiling its CPU kernels; this takes some minutes"
+	@$(PIP) --editable '.[test]'
 	@touch $@
 
 demo: setup ## run the small model that ships, on two simulated GPUs and the host
