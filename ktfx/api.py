@@ -69,16 +69,16 @@ def compile(
     compiled = Compiled(parsed, state, original)
     # torch ≥ 2.11 has the filter; placed parameters cost 5 ms of guards a call without it, and plain ones 0.3 ms.
     # Whole graphs first: Dynamo then says where a break is instead of cutting the model in silence.
-    whole, pieces = (
-        torch.compile(
-            original,
-            backend=_Backend(weakref.ref(model), parsed),
-            dynamic=dynamic,
-            fullgraph=fullgraph,
-            options={"guard_filter_fn": torch.compiler.skip_guard_on_all_nn_modules_unsafe},
-        )
-        for fullgraph in (True, False)
+    backend = _Backend(weakref.ref(model), parsed)
+    whole = torch.compile(
+        original,
+        backend=backend,
+        dynamic=dynamic,
+        fullgraph=True,
+        options={"guard_filter_fn": torch.compiler.skip_guard_on_all_nn_modules_unsafe},
     )
+    # Pieces need their guards: they tell the layers apart.
+    pieces = torch.compile(original, backend=backend, dynamic=dynamic)
     model.forward = _wrap(model, original, whole, pieces, state)
     generation = getattr(model, "generation_config", None)
     if generation is not None and cache is not None:

@@ -103,6 +103,16 @@ class WeightStore:
             raise WeightError("the model has no such parameter any more", module=name, mend="compile the model again")
         return value
 
+    def name_of(self, tensor: torch.Tensor) -> str:
+        """The dotted name of one of the model's own parameters or buffers."""
+        for name, own in _named_tensors(self.model):
+            if own is tensor:
+                return name
+        raise WeightError(
+            f"a compiled graph was called with a weight of shape {tuple(tensor.shape)} that is not the model's",
+            mend="compile the module that owns it",
+        )
+
     def canonical(self, name: str) -> str:
         return self._canonical.get(name, name)
 

@@ -14,7 +14,20 @@ from ktfx.ops.transfer import is_transfer, transfer_ends
 from ktfx.pass_manager import PassContext, value_device
 from ktfx.passes.partition_by_device import Partitioning, Unit
 from ktfx.program.compile_units import CompiledUnit, compile_units
-from ktfx.program.program import BoundWeight, Compute, Program, Size, SlotRef, Step, Transfer, WriteBack
+from ktfx.program.program import (
+    BoundWeight,
+    Compute,
+    Constant,
+    Literal,
+    PackedPart,
+    PlainWeight,
+    Program,
+    Size,
+    SlotRef,
+    Step,
+    Transfer,
+    WriteBack,
+)
 from ktfx.program.units import UnitGraph, base_symbols, extract_unit
 from ktfx.weights import WeightStore, version_of
 
@@ -134,7 +147,7 @@ class _Layout:
         self.store = store
         self.count = 0
         self.slot_of: dict[tuple[fx.Node, str], int] = {}
-        self.constants: list[tuple[int, torch.Tensor]] = []
+        self.constants: list[tuple[int, Constant]] = []
         self.arguments: list[tuple[int, int]] = []
         self.fixed: set[int] = set()
 
@@ -149,13 +162,12 @@ class _Layout:
             return self.slot_of[(node, "")]
         entry = self.context.captured.inputs[node.name]
         if entry.kind in ("parameter", "buffer") and not entry.mutated:
-            return self._constant(node, device, lambda: self.store.plain(entry.name, device))
+            return self._constant(node, device, PlainWeight(entry.name, device))
         if entry.kind == "packed":
-            weight = self.context.packed[node.name]
-            return self._constant(node, device, lambda: self.store.packed(weight.request, device)[weight.index])
+            return self._constant(node, device, PackedPart(self.context.packed[node.name], device))
         if entry.kind == "constant":
-            value, real = self.context.captured.constants[node.name], self.context.devices[device]
-            return self._constant(node, device, lambda: value.to(real))
+            value = self.context.captured.constants[node.name]
+            return self._constant(node, device, Literal(value.to(self.context.devices[device])))
         key = (node, "")
         if key not in self.slot_of:
             slot = self.new(node)
@@ -163,12 +175,12 @@ class _Layout:
             self.arguments.append((entry.index, slot))
         return self.slot_of[key]
 
-    def _constant(self, node: fx.Node, device: str, tensor: Callable[[], torch.Tensor]) -> int:
+    def _constant(self, node: fx.Node, device: str, constant: Constant) -> int:
         key = (node, device)
         if key not in self.slot_of:
             slot = self.new(node, device)
             self.fixed.add(slot)
-            self.constants.append((slot, tensor()))
+            self.constants.append((slot, constant))
         return self.slot_of[key]
 
     def output(self, value: Any) -> int:
@@ -179,7 +191,7 @@ class _Layout:
         slot = self.count
         self.count += 1
         self.fixed.add(slot)
-        self.constants.append((slot, value))
+        self.constants.append((slot, Literal(value)))
         return slot
 
 

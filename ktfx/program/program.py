@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from operator import is_
 from typing import Any
 
 import torch
 
 from ktfx.placed_tensor import PlacedTensor
-from ktfx.weights import WeightStore, version_of
+from ktfx.weights import PackedWeight, WeightStore, version_of
 
 
 @dataclass
@@ -105,32 +105,74 @@ class BoundWeight:
     version: int
 
 
+@dataclass(frozen=True)
+class PlainWeight:
+    """A slot filled with a parameter or buffer in the model's own format, on a device name."""
+
+    name: str
+    device: str
+
+    def tensor(self, store: WeightStore, names: Mapping[str, str]) -> torch.Tensor:
+        return store.plain(names.get(self.name, self.name), self.device)
+
+
+@dataclass(frozen=True)
+class PackedPart:
+    """A slot filled with one tensor of a kernel's packed weights, on a device name."""
+
+    weight: PackedWeight
+    device: str
+
+    def tensor(self, store: WeightStore, names: Mapping[str, str]) -> torch.Tensor:
+        request = self.weight.request
+        parts = tuple((part, names.get(name, name)) for part, name in request.parts)
+        return store.packed(replace(request, parts=parts), self.device)[self.weight.index]
+
+
+@dataclass(frozen=True)
+class Literal:
+    """A slot filled with a value that belongs to no parameter."""
+
+    value: Any
+
+    def tensor(self, store: WeightStore, names: Mapping[str, str]) -> Any:
+        return self.value
+
+
+Constant = PlainWeight | PackedPart | Literal
+
+
 @dataclass
 class Program:
     """Runs a compiled graph.
 
-    constants: slots that hold weights, filled once. arguments: (position among Dynamo's arguments, slot) of the rest.
+    constants: slots that are filled once. arguments: (position among Dynamo's arguments, slot) of the rest.
     outputs: slots of the user's outputs, in order; an int -1-i stands for argument i itself.
     """
 
     steps: list[Step]
     slots: int
-    constants: list[tuple[int, torch.Tensor]]
+    constants: list[tuple[int, Constant]]
     arguments: list[tuple[int, int]]
     outputs: list[int]
     bound: list[BoundWeight]
     store: WeightStore
     _template: list[Any] = field(default_factory=list)
+    _foreign: dict[tuple[int, ...], list[Any]] = field(default_factory=dict)
     _bound_indexes: list[int] = field(default_factory=list)
     _bound_tensors: list[torch.Tensor] = field(default_factory=list)
     _bound_versions: list[int] = field(default_factory=list)
     timeline: list[tuple[str, float, float]] | None = None
 
     def __post_init__(self) -> None:
-        self._template = [None] * self.slots
-        for slot, tensor in self.constants:
-            self._template[slot] = tensor
+        self._template = self._filled_template({})
         self._stamp()
+
+    def _filled_template(self, names: Mapping[str, str]) -> list[Any]:
+        template: list[Any] = [None] * self.slots
+        for slot, constant in self.constants:
+            template[slot] = constant.tensor(self.store, names)
+        return template
 
     def _stamp(self) -> None:
         self._bound_indexes = [b.index for b in self.bound]
@@ -138,8 +180,7 @@ class Program:
         self._bound_versions = [version_of(t) for t in self._bound_tensors]
 
     def __call__(self, *args: Any) -> list[Any]:
-        self._notice_changes(args)
-        slots = self._template.copy()
+        slots = self._current_template(args).copy()
         for index, slot in self.arguments:
             value = args[index]
             slots[slot] = value.physical if type(value) is PlacedTensor else value
@@ -152,19 +193,33 @@ class Program:
             self._run_timed(slots)
         return [slots[o] if o >= 0 else args[-1 - o] for o in self.outputs]
 
-    def _notice_changes(self, args: Sequence[Any]) -> None:
-        """Renew the copies of parameters that were replaced or written to since they were bound."""
-        same = all(map(is_, [args[i] for i in self._bound_indexes], self._bound_tensors))
-        if same and [version_of(t) for t in self._bound_tensors] == self._bound_versions:
-            return
+    def _current_template(self, args: Sequence[Any]) -> list[Any]:
+        """The filled slots, after bringing copies of changed parameters up to date."""
+        given = [args[i] for i in self._bound_indexes]
+        if all(map(is_, given, self._bound_tensors)):
+            if [version_of(t) for t in self._bound_tensors] == self._bound_versions:
+                return self._template
+        elif any(t is not self.store.tensor(b.name) for t, b in zip(given, self.bound, strict=True)):
+            return self._foreign_template(given)
         names = []
-        for bound, version in zip(self.bound, self._bound_versions, strict=True):
-            tensor = args[bound.index]
+        for bound, tensor, version in zip(self.bound, given, self._bound_versions, strict=True):
             if tensor is not bound.tensor or version_of(tensor) != version:
                 names.append(bound.name)
                 bound.tensor = tensor
         self.store.refresh(names)
         self._stamp()
+        return self._template
+
+    def _foreign_template(self, given: Sequence[torch.Tensor]) -> list[Any]:
+        """After a graph break Dynamo reuses one layer's graph for others that look alike: bind the weights it gives."""
+        names = {b.name: self.store.name_of(t) for b, t in zip(self.bound, given, strict=True)}
+        key = tuple(map(id, given))
+        stale = set(self.store.changed()).intersection(names.values())
+        if stale:
+            self.store.refresh(sorted(stale))
+        if key not in self._foreign:
+            self._foreign[key] = self._filled_template(names)
+        return self._foreign[key]
 
     def _run_timed(self, slots: list[Any]) -> None:
         assert self.timeline is not None
