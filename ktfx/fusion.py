@@ -93,6 +93,8 @@ class FusionPass(Pass):
 
         device: str = "cuda"
 
+    options: Options
+
     def chosen(self) -> tuple[Fusion, ...]:
         """The fusions that the options leave on."""
         return self.fusions

@@ -32,8 +32,24 @@ from ktfx.text import near
 
 # Commutative operators are tried both ways at every level; past this many steps a candidate is given up, with a reason.
 MAX_STEPS = 20_000
-# Parts of a tensor: no arithmetic, so a match may leave them for others to read.
-_FREE = frozenset({GETITEM, "aten.split", "aten.chunk", "aten.split_with_sizes"})
+# Views: no arithmetic and no memory, so a match may leave them for others to read.
+_FREE = frozenset(
+    {
+        GETITEM,
+        "aten.split",
+        "aten.chunk",
+        "aten.split_with_sizes",
+        "aten.slice",
+        "aten.select",
+        "aten.view",
+        "aten.unsqueeze",
+        "aten.squeeze",
+        "aten.expand",
+        "aten.transpose",
+        "aten.permute",
+        "aten.t",
+    }
+)
 
 
 @dataclass(frozen=True)

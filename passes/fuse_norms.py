@@ -28,6 +28,14 @@ def _check(match: Match) -> str | None:
     return None
 
 
+def _check_whole(match: Match) -> str | None:
+    """``aten.rms_norm`` kept whole: over the last dimension alone, with its eps given."""
+    shape = match.captures["shape"]
+    if not isinstance(match.captures["eps"], float) or not isinstance(shape, list | tuple) or len(shape) != 1:
+        return "it has no eps of its own, or normalises several dimensions"
+    return _check(match)
+
+
 def _check_sum(match: Match) -> str | None:
     a, b = tensor_of(match.captures["a"]), tensor_of(match.captures["b"])
     if a is None or b is None or a.dtype != b.dtype or not same_shape(a.shape, b.shape):
@@ -56,11 +64,19 @@ class FuseNorms(FusionPass):
 
         residual: bool = True
 
+    options: Options
+
     fusions: ClassVar[tuple[Fusion, ...]] = (
         _norm("gemma", f"aten.to(aten.mul({_U}, aten.add({_W}, 1.0)), d)"),
         _norm("llama", f"aten.mul(w, aten.to({_U}, d))"),
         _norm("late", f"aten.to(aten.mul({_W}, {_U}), d)"),
         _norm("late", f"aten.to(aten.mul(w, {_U}), d)"),
+        Fusion(
+            "aten.rms_norm → ktfx.rms_norm",
+            "aten.rms_norm(x, shape, w, eps)",
+            "ktfx.rms_norm(x, w, eps, 'late')",
+            _check_whole,
+        ),
         Fusion(
             "sum + RMS norm → ktfx.add_rms_norm",
             "[ktfx.rms_norm(aten.add(a, b), w, eps, kind), aten.add(a, b)]",

@@ -93,6 +93,6 @@ def run_passes(
             out = torch.compile(model, backend=backend)(*inputs, **kwargs)
         except torch._dynamo.exc.BackendCompilerFailed as error:
             raise error.inner_exception from None
-    run = found[-1]
+    (run,) = found  # a graph break would give several
     run.out, run.expected = out, expected
     return run

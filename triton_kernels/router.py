@@ -11,7 +11,7 @@ from ktfx.triton_kernels.launch import pow2
 
 @triton.jit
 def _router_kernel(
-    logits_ptr, bias_ptr, weights_ptr, ids_ptr, E, row, scale, eps,
+    logits_ptr, bias_ptr, weights_ptr, ids_ptr, E, row, scale, eps, masked,
     SCORING: tl.constexpr, BIAS: tl.constexpr, GROUPS: tl.constexpr, KEEP: tl.constexpr, GROUP_SCORE: tl.constexpr,
     RENORM: tl.constexpr, TOPK: tl.constexpr, KP: tl.constexpr, NG: tl.constexpr, GS: tl.constexpr, SIZE: tl.constexpr,
 ):  # fmt: skip
@@ -44,7 +44,7 @@ def _router_kernel(
             first = tl.min(tl.where((best == tl.max(best, 0)) & (kept == 0), groups, NG), 0)
             kept = tl.where(groups == first, 1, kept)
             best = tl.where(groups == first, lowest, best)
-        choice = tl.where(there & (kept[:, None] == 1), choice, tl.where(there, 0.0, lowest))
+        choice = tl.where(there & (kept[:, None] == 1), choice, tl.where(there, masked, lowest))
     k = tl.arange(0, KP)
     ids, weights = tl.zeros((KP,), tl.int32), tl.zeros((KP,), tl.float32)
     free = there
@@ -65,6 +65,7 @@ def _router_kernel(
 def route(
     logits_TE: torch.Tensor, bias_E: torch.Tensor | None, top_k: int, scoring: str, groups: int, keep_groups: int,
     group_score: str, renormalise: bool, scale: float, eps: float, weights_TK: torch.Tensor, ids_TK: torch.Tensor,
+    masked: float = 0.0,
 ) -> None:  # fmt: skip
     """Writes weights_TK (any float dtype) and ids_TK (int64)."""
     T, E = logits_TE.shape
@@ -75,6 +76,7 @@ def route(
     elements = pow2(groups) * pow2(size)
     _router_kernel[(T,)](
         logits, logits if bias_E is None else bias_E.contiguous(), weights_TK, ids_TK, E, logits.stride(0), scale, eps,
+        masked,
         SCORING=scoring, BIAS=bias_E is not None, GROUPS=groups, KEEP=keep_groups, GROUP_SCORE=group_score,
         RENORM=renormalise, TOPK=top_k, KP=pow2(top_k), NG=pow2(groups), GS=pow2(size), SIZE=size,
         num_warps=1 if elements <= 256 else 2,

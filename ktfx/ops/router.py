@@ -2,12 +2,12 @@
 
 Scores are softmax or sigmoid of the logits, in float32. Experts are chosen by score plus ``bias``, weighted by score.
 With groups, only the ``keep_groups`` best groups stay (best by their largest choice value, ``max``, or by the sum
-of the two largest, ``top2``), and experts of the others count as 0. Then the weights may be divided by their sum + eps,
-and are multiplied by ``scale``.
+of the two largest, ``top2``), and experts of the others count as ``masked`` (0, or −inf: never chosen). Then the
+weights may be divided by their sum + eps, and are multiplied by ``scale``.
 
 Qwen-MoE, Mixtral: softmax, renormalise. gpt-oss: the same (softmax over the chosen logits only is that quotient).
 DeepSeek-V2: softmax, groups by ``max``, scale. DeepSeek-V3: sigmoid, bias, groups by ``top2``, renormalise with 1e-20,
-scale.
+scale, and in transformers ``masked`` −inf.
 """
 
 from __future__ import annotations
@@ -48,6 +48,7 @@ def route_reference(
     renormalise: bool = True,
     scale: float = 1.0,
     eps: float = 0.0,
+    masked: float = 0.0,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The definition, in ATen; of equal choice values the lower id wins."""
     wide = torch.promote_types(logits_TE.dtype, torch.float32)
@@ -59,7 +60,7 @@ def route_reference(
         best = by_group.amax(-1) if group_score == "max" else by_group.topk(2, -1).values.sum(-1)
         order = best.sort(dim=1, descending=True, stable=True).indices[:, :keep_groups]
         kept = torch.zeros_like(best, dtype=torch.bool).scatter_(1, order, True)
-        choice = choice.masked_fill(~kept.repeat_interleave(logits.shape[1] // groups, 1), 0.0)
+        choice = choice.masked_fill(~kept.repeat_interleave(logits.shape[1] // groups, 1), masked)
     ids = choice.sort(dim=1, descending=True, stable=True).indices[:, :top_k]
     weights = scores.gather(1, ids)
     if renormalise:
@@ -80,6 +81,7 @@ def route(
     scale: float = 1.0,
     eps: float = 0.0,
     dtype: torch.dtype | None = None,
+    masked: float = 0.0,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(T, E) logits of any float dtype to weights (T, K) in ``dtype`` (None: float32), int64 ids (T, K), best first."""
     T, E = logits_TE.shape
@@ -89,11 +91,12 @@ def route(
         weights = torch.empty(T, top_k, dtype=out_dtype, device=logits_TE.device)
         ids = torch.empty(T, top_k, dtype=torch.int64, device=logits_TE.device)
         kernels("router").route(
-            logits_TE, bias_E, top_k, scoring, groups, keep_groups, group_score, renormalise, scale, eps, weights, ids
-        )
+            logits_TE, bias_E, top_k, scoring, groups, keep_groups, group_score, renormalise, scale, eps, weights, ids,
+            masked,
+        )  # fmt: skip
         return weights, ids
     weights, ids = route_reference(
-        logits_TE, bias_E, top_k, scoring, groups, keep_groups, group_score, renormalise, scale, eps
+        logits_TE, bias_E, top_k, scoring, groups, keep_groups, group_score, renormalise, scale, eps, masked
     )
     return weights.to(out_dtype), ids.contiguous()
 
@@ -111,6 +114,7 @@ def _(
     scale: float = 1.0,
     eps: float = 0.0,
     dtype: torch.dtype | None = None,
+    masked: float = 0.0,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     shape = [logits_TE.shape[0], top_k]
     return logits_TE.new_empty(shape, dtype=dtype or torch.float32), logits_TE.new_empty(shape, dtype=torch.int64)

@@ -1,0 +1,120 @@
+"""fuse_rope on the rotary embeddings of transformers' own models, and on tables that it must not take."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from pass_runs import PassRun, run_passes
+from torch import nn
+from transformers.models.deepseek_v3.modeling_deepseek_v3 import apply_rotary_pos_emb_interleave
+from transformers.models.gpt_oss.modeling_gpt_oss import apply_rotary_pos_emb as gpt_oss_rope
+from transformers.models.llama.modeling_llama import apply_rotary_pos_emb as llama_rope
+
+GPU = {"devices": {"gpu0": "cuda:0"}, "default_device": "gpu0", "rules": []}
+
+
+class RotaryEmbedding(nn.Module):
+    """cos and sin of (1, S, D/2) angles: ``cat`` of two equal halves, of two unequal ones, or one entry a pair."""
+
+    def __init__(self, halves: str) -> None:
+        super().__init__()
+        self.halves = halves
+        self.register_buffer("inv_freq", torch.tensor([1.0, 0.3, 0.1, 0.05]))
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        angles = torch.arange(x.shape[-2])[None, :, None] * self.inv_freq.float()
+        if self.halves == "equal":
+            angles = torch.cat((angles, angles), dim=-1)
+        elif self.halves == "unequal":
+            angles = torch.cat((angles, angles * 2), dim=-1)
+        return (angles.cos() * 1.5).to(x.dtype), (angles.sin() * 1.5).to(x.dtype)
+
+
+class Attention(nn.Module):
+    def __init__(self, apply: Callable[..., Any], partial: bool = False) -> None:
+        super().__init__()
+        self.apply_rope, self.partial = apply, partial
+        width = 12 if partial else 8
+        self.qk = nn.Linear(width, 3 * width, bias=False)
+
+    def forward(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+        batch, length, width = x.shape
+        heads = self.qk(x).view(batch, length, 3, width).transpose(1, 2)
+        q, k = heads[:, :2], heads[:, 2:]
+        if self.partial:
+            q_turned, k_turned = self.apply_rope(q[..., :8], k[..., :8], cos, sin)
+            q, k = torch.cat((q_turned, q[..., 8:]), -1), torch.cat((k_turned, k[..., 8:]), -1)
+        else:
+            q, k = self.apply_rope(q, k, cos, sin)
+        return torch.matmul(q, k.transpose(2, 3))
+
+
+class Model(nn.Module):
+    def __init__(self, apply: Callable[..., Any], halves: str = "equal", partial: bool = False, count: int = 1) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.rotary_emb = RotaryEmbedding(halves)
+        self.layers = nn.ModuleList(nn.ModuleDict({"self_attn": Attention(apply, partial)}) for _ in range(count))
+
+    def forward(self, x: torch.Tensor) -> list[torch.Tensor]:
+        cos, sin = self.rotary_emb(x)
+        return [layer["self_attn"](x, cos, sin) for layer in self.layers]
+
+
+def run(model: Model, dtype: torch.dtype = torch.float32, width: int = 8, **more: Any) -> PassRun:
+    x = torch.randn(2, 5, width, dtype=dtype)
+    done = run_passes(model.to(dtype), GPU, x, passes=("resolve_rules", "fuse_rope"), **more)
+    tolerance = 6e-2 if dtype == torch.bfloat16 else 1e-5
+    torch.testing.assert_close(done.out, done.expected, atol=tolerance, rtol=tolerance)
+    return done
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_half_rotation(dtype: torch.dtype, golden: Callable[[str, str], None]) -> None:
+    done = run(Model(llama_rope, count=2), dtype)
+    assert done.ops["ktfx.rope.default"] == 4 and done.ops["aten.neg.default"] == 0
+    tables = {n.args[1] for n in done.after.graph.nodes if "rope" in str(n.target)}
+    assert len(tables) == 1, "the layers share one table"
+    assert not done.context.misses
+    if dtype == torch.bfloat16:
+        golden("fuse_rope.diff", done.diff())
+
+
+def test_partial_rotation() -> None:
+    assert run(Model(llama_rope, partial=True), width=12).ops["ktfx.rope.default"] == 2
+
+
+def test_rotation_of_halves() -> None:
+    done = run(Model(gpt_oss_rope, "pairs"))
+    assert done.ops["ktfx.rope.default"] == 2 and done.ops["aten.sub.Tensor"] == 0
+
+
+def test_rotation_of_interleaved_pairs() -> None:
+    done = run(Model(apply_rotary_pos_emb_interleave))
+    assert done.ops["ktfx.rope.default"] == 2
+    assert {n.args[3] for n in done.after.graph.nodes if "rope" in str(n.target)} == {"split"}
+
+
+def test_symbolic_length() -> None:
+    assert run(Model(llama_rope), dynamic_dims=(1,)).ops["ktfx.rope.default"] == 2
+
+
+def test_a_table_with_unequal_halves_is_refused() -> None:
+    done = run(Model(llama_rope, "unequal"))
+    assert not done.context.rewrites
+    assert "cos is not known to hold the same values in both halves" in done.context.misses[0].why
+
+
+def test_a_table_for_every_head_is_refused() -> None:
+    """cos (B, H, S, D) is what another layout of the heads needs."""
+
+    def other(q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> Any:
+        q, k = llama_rope(q.transpose(1, 2), k.transpose(1, 2), cos, sin, unsqueeze_dim=2)
+        return q.transpose(1, 2), k.transpose(1, 2)
+
+    done = run(Model(other))
+    assert not done.context.rewrites
+    assert "expects 1, the graph has 2" in done.context.misses[0].why
