@@ -250,6 +250,16 @@ def test_explain_lists_what_is_kept_twice(tmp_path: Path, model_folder: Path) ->
     assert found["duplicates"] == [{"name": "model.embed_tokens.weight", "copies": copies}]
 
 
+def test_explain_says_that_a_quantised_checkpoint_is_counted_unpacked(tmp_path: Path) -> None:
+    config = json.loads(shipped_shapes()["deepseek-v3"].read_text())
+    config["quantization_config"] = {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [128, 128]}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    found = as_json(ktfx("explain", "deepseek-v3-2gpu", "--model", tmp_path, "--json"))
+    assert found["warnings"] == ["the checkpoint is stored quantised (fp8); bytes are counted for bfloat16"]
+    plain = as_json(ktfx("explain", "deepseek-v3-2gpu", "--model", "deepseek-v3", "--json"))
+    assert plain["warnings"] == [] and plain["devices"] == found["devices"]
+
+
 def test_explain_tree_nests_the_same_rows(model_folder: Path, rule_file: Path) -> None:
     lines = ktfx("explain", rule_file, "--model", model_folder, "--tree").stdout.splitlines()
     where = {

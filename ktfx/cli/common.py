@@ -13,6 +13,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console, Group
 from rich.panel import Panel
+from rich.table import Table
 from rich.text import Text
 
 from ktfx import errors
@@ -116,12 +117,11 @@ def error_panel(error: errors.KtfxError) -> Panel:
     where += [error.rule] if error.rule else []
     where += [f"module {error.module or '(the whole model)'}"] if error.module is not None else []
     lines = [Text(", ".join(where), style="bold")] if where else []
-    lines.append(Text(error.what))
-    if error.expected:
-        lines.append(Text.assemble(("expected  ", "dim"), error.expected))
-    if error.mend:
-        lines.append(Text.assemble(("mend      ", "green"), error.mend))
-    return _panel(_TITLES.get(exit_code(error), "error"), Group(*lines))
+    advice = Table.grid(padding=(0, 2))
+    for name, style, text in (("expected", "dim", error.expected), ("mend", "green", error.mend)):
+        if text:
+            advice.add_row(Text(name, style), Text(text))
+    return _panel(_TITLES.get(exit_code(error), "error"), Group(*lines, Text(error.what), advice))
 
 
 def _panel(title: str, body: Any) -> Panel:

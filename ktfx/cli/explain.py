@@ -137,8 +137,18 @@ def _as_json(found: Explanation) -> dict[str, Any]:
             {"name": d.name, "copies": [{"device": a, "format": f, "bytes": n} for a, f, n in d.copies]}
             for d in found.duplicates
         ],
-        "warnings": list(found.resolution.warnings),
+        "warnings": _warnings(found),
     }
+
+
+def _warnings(found: Explanation) -> list[str]:
+    """The resolution's, and what the bytes do not say."""
+    stored = getattr(getattr(found.model, "config", None), "quantization_config", None)
+    if stored is None:
+        return list(found.resolution.warnings)
+    method = stored.get("quant_method") if isinstance(stored, dict) else getattr(stored, "quant_method", None)
+    note = f"the checkpoint is stored quantised ({method}); bytes are counted for {', '.join(_dtypes(found.model))}"
+    return [*found.resolution.warnings, note]
 
 
 def _print(found: Explanation, as_tree: bool) -> None:
@@ -165,7 +175,7 @@ def _print(found: Explanation, as_tree: bool) -> None:
     console.print(_device_table(found))
     for line in _duplicate_lines(found):
         console.print(line)
-    for warning in found.resolution.warnings:
+    for warning in _warnings(found):
         console.print(Text.assemble(("warning  ", "yellow"), warning))
 
 
