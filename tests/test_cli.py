@@ -354,6 +354,23 @@ def test_doctor_finds_a_version_out_of_range_and_no_compiler(monkeypatch: pytest
     assert checks["transformers"]["status"] == "ok"
 
 
+def test_doctor_without_torch_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    installed = doctor.metadata.version
+
+    def version(name: str) -> str:
+        if name == "torch":
+            raise doctor.metadata.PackageNotFoundError(name)
+        return installed(name)
+
+    monkeypatch.setattr(doctor, "find_spec", lambda name: None)
+    monkeypatch.setattr(doctor.metadata, "version", version)
+    result = ktfx("doctor", "--json")
+    checks = {check["name"]: check for check in as_json(result)["checks"]}
+    assert result.exit_code == common.Exit.NO
+    assert checks["torch"]["status"] == "missing" and checks["torch"]["mend"].startswith("pip install 'torch")
+    assert "cores" not in checks
+
+
 def test_topology_of_nvidia_smi_is_read() -> None:
     text = (
         "\t\x1b[4mGPU0\tGPU1\tGPU2\tNIC0\tCPU Affinity\x1b[0m\n"

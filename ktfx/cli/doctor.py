@@ -11,6 +11,7 @@ import time
 from dataclasses import asdict, dataclass, field
 from enum import StrEnum
 from importlib import metadata
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -68,7 +69,9 @@ def doctor(
     debug: common.Debug = False,
 ) -> None:
     """Check the installation and the machine. Exit code 1 if something that ktfx needs is missing."""
-    checks = [*_software(), *_host(), *_gpus(measure)]
+    checks = _software()
+    if find_spec("torch") is not None:
+        checks += [*_host(), *_gpus(measure)]
     missing = [check for check in checks if check.status is Status.MISSING]
     if as_json:
         common.print_json({"ok": not missing, "checks": [asdict(check) for check in checks]})
@@ -89,11 +92,21 @@ def _software() -> list[Check]:
     )
     for name in _LIBRARIES:
         try:
-            found.append(_version_check(name, metadata.version(name), ranges.get(name)))
+            found.append(_version_check(name, _version(name), ranges.get(name)))
         except metadata.PackageNotFoundError:
             found.append(_absent(name, ranges.get(name)))
     found.append(_compiler())
     return found
+
+
+def _version(name: str) -> str:
+    """The installed version; torch's own text says for which CUDA it was built, its metadata may not."""
+    version = metadata.version(name)
+    if name == "torch" and find_spec("torch") is not None:
+        import torch
+
+        return str(torch.__version__)
+    return version
 
 
 def _supported_ranges() -> dict[str, str]:
