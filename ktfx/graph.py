@@ -6,8 +6,10 @@ A graph in normal form is functional pre-dispatch ATen. Every node has ``meta["v
 
 from __future__ import annotations
 
+import contextlib
+import heapq
 import operator
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -145,6 +147,40 @@ def insert_call(
             node.meta[key] = like.meta[key]
     node.meta[INFO] = replace(info(like), **changes)
     return node
+
+
+def refresh_values(changed: Iterable[fx.Node]) -> None:
+    """Run again, on fakes, what reads these nodes, as far as strides change: a new producer may lay its value out anew.
+
+    Raises RuntimeError or ValueError where a reader cannot take the new strides (a view).
+    """
+    heap: list[fx.Node] = []
+    waiting: set[fx.Node] = set()
+
+    def wait_for_readers(node: fx.Node) -> None:
+        for user in node.users:
+            if user.op == "call_function" and user not in waiting:
+                waiting.add(user)
+                heapq.heappush(heap, user)
+
+    for node in changed:
+        wait_for_readers(node)
+    while heap:
+        node = heapq.heappop(heap)
+        waiting.discard(node)
+        old = node.meta["val"]
+        args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
+        with fake_mode_of(node.graph) or contextlib.nullcontext():
+            new = node.target(*args, **kwargs)  # type: ignore[operator]
+        if _layout(new) != _layout(old):
+            node.meta["val"] = new
+            wait_for_readers(node)
+
+
+def _layout(val: Any) -> Any:
+    if isinstance(val, torch.Tensor):
+        return [str(s) for s in (*val.shape, *val.stride())]
+    return [_layout(v) for v in val] if isinstance(val, tuple | list) else None
 
 
 def insert_placeholder(graph: fx.Graph, name: str, val: torch.Tensor) -> fx.Node:

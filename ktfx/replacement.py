@@ -12,7 +12,7 @@ from torch import fx
 
 from ktfx.canonical import same_shape, tensor_of
 from ktfx.errors import Origin, PassError
-from ktfx.graph import info, insert_call
+from ktfx.graph import info, insert_call, refresh_values
 from ktfx.matcher import Match, operator_packet, shown, text_of
 from ktfx.patterns import GETITEM, OUTPUTS, Call, Capture, Expression, Literal, walk
 
@@ -63,6 +63,7 @@ class Replacement:
                 raise self._error(f"the replacement gives {shown(new)}, not a tensor", old)
             self._check_same(old, new)
             old.replace_all_uses_with(new)
+            self._restride(old, new)
         for node in reversed(match.nodes):
             if not node.users:
                 graph.erase_node(node)
@@ -131,6 +132,15 @@ class Replacement:
             raise self._error(
                 f"{text_of(self.expression)} gives {_kind(after)}, and {shown(old)} was {_kind(before)}", old
             )
+
+    def _restride(self, old: fx.Node, new: fx.Node) -> None:
+        before, after = old.meta["val"], new.meta["val"]
+        if [str(s) for s in before.stride()] == [str(s) for s in after.stride()]:
+            return
+        try:
+            refresh_values([new])
+        except (RuntimeError, ValueError) as error:
+            raise self._error(f"what reads it cannot take its strides: {str(error).splitlines()[0]}", old) from error
 
     def _error(self, what: str, node: fx.Node) -> PassError:
         return PassError(

@@ -10,7 +10,6 @@ from torch import fx
 
 from ktfx.errors import VerifyError
 from ktfx.graph import info, op_name, placeholders
-from ktfx.ops.experts import ExpertsSpec, experts_kernel
 from ktfx.pass_manager import PassContext, PassRecord
 from ktfx.placed_tensor import PlacedTensor
 from ktfx.program.program import Program
@@ -154,7 +153,7 @@ def check_program(
 
 
 def _slack(context: PassContext) -> float:
-    quantised = any(p.request.spec.activations != "model" for p in context.packed.values())
+    quantised = any(p.request.activations != "model" for p in context.packed.values())
     return QUANTISED_ACTIVATIONS if quantised else 0.0
 
 
@@ -191,21 +190,13 @@ def _dequantised_weights(context: PassContext, store: WeightStore) -> dict[str, 
     result: dict[str, torch.Tensor] = {}
     for weight in context.packed.values():
         request = weight.request
-        if request.spec.weights == "model" or request.parts[0][1] in result:
+        if request.parts[0][1] in result:
             continue
         device = _device_of(request.parts[0][1], context)
-        plain = experts_kernel(request.kernel).dequantised(request.spec, store.packed(request, device))
+        plain = request.model_weights(store.packed(request, device))
+        if plain is None:
+            continue
         for part, name in request.parts:
             own = store.tensor(name)
-            result[name] = _model_layout(request.spec, part, plain[part]).to(own.device, own.dtype)
+            result[name] = plain[part].to(own.device, own.dtype)
     return result
-
-
-def _model_layout(spec: ExpertsSpec, part: str, plain: torch.Tensor) -> torch.Tensor:
-    """The inverse of ``plain_layout`` for one tensor."""
-    if spec.interleaved and spec.gate != "none" and part in ("gate_up", "gate_up_bias"):
-        half = plain.shape[1] // 2
-        plain = torch.stack([plain[:, :half], plain[:, half:]], dim=2).flatten(1, 2)
-    if spec.transposed and part in ("gate_up", "down"):
-        plain = plain.transpose(1, 2)
-    return plain.contiguous()

@@ -15,37 +15,22 @@ from torch import nn
 
 from ktfx.devices import DeviceMap
 from ktfx.errors import WeightError
-from ktfx.ops.experts import ExpertsSpec, experts_kernel
 from ktfx.placed_tensor import PlacedTensor, physical_of
-
-
-@dataclass(frozen=True)
-class PackedRequest:
-    """Weights of one experts module in a kernel's own layout.
-
-    parts: (part, dotted parameter name) pairs, e.g. (``gate_up``, ``model.layers.0.mlp.experts.gate_up_proj``).
-    """
-
-    kernel: str
-    spec: ExpertsSpec
-    parts: tuple[tuple[str, str], ...]
-
-    @property
-    def format(self) -> str:
-        return f"{self.kernel}:{self.spec.weights}"
+from ktfx.weight_requests import WeightRequest
 
 
 @dataclass(frozen=True)
 class PackedWeight:
-    """One tensor of a packed request: what a ``packed`` placeholder stands for."""
+    """One tensor of a request: what a ``packed`` placeholder stands for."""
 
-    request: PackedRequest
+    request: WeightRequest
     index: int
 
 
 @dataclass
 class StoredWeight:
-    """A physical copy. ``owned`` is False where it is the model's own tensor."""
+    """A physical copy. ``owned`` is False where it is the model's own tensor; ``request`` is None for a parameter as it
+    is."""
 
     names: tuple[str, ...]
     device: str
@@ -53,6 +38,7 @@ class StoredWeight:
     tensors: list[torch.Tensor]
     owned: bool
     sources: list[tuple[str, int, int]] = field(default_factory=list)
+    request: WeightRequest | None = None
 
     @property
     def nbytes(self) -> int:
@@ -130,21 +116,21 @@ class WeightStore:
             self._entries[key] = entry
         return entry.tensors[0]
 
-    def packed(self, request: PackedRequest, device: str) -> list[torch.Tensor]:
-        """The weights in a kernel's layout on a device name; packed at the first request."""
+    def packed(self, request: WeightRequest, device: str) -> list[torch.Tensor]:
+        """The tensors of a request on a device name; made at the first request."""
         names = tuple(self.canonical(n) for _, n in request.parts)
-        key = ("|".join(names), device, f"{request.kernel}:{request.spec.encode()}")
+        key = ("|".join(names), device, f"{request.kernel}:{request.spec_text}")
         entry = self._entries.get(key)
         if entry is None:
-            kernel = experts_kernel(request.kernel)
-            entry = StoredWeight(names, device, request.format, self._pack(kernel.name, request, device), owned=True)
+            entry = StoredWeight(names, device, request.format, self._pack(request, device), owned=True)
             entry.sources = [self._stamp(n) for _, n in request.parts]
+            entry.request = request
             self._entries[key] = entry
         return entry.tensors
 
-    def _pack(self, kernel: str, request: PackedRequest, device: str) -> list[torch.Tensor]:
+    def _pack(self, request: WeightRequest, device: str) -> list[torch.Tensor]:
         tensors = {part: physical_of(self.tensor(name)).detach() for part, name in request.parts}
-        return experts_kernel(kernel).pack(request.spec, tensors, self.devices[device])
+        return request.pack(tensors, self.devices[device])
 
     def _stamp(self, name: str) -> tuple[str, int, int]:
         tensor = self.tensor(name)
@@ -167,20 +153,17 @@ class WeightStore:
         """
         wanted = None if names is None else {self.canonical(n) for n in names} | set(names)
         count = 0
-        for key, entry in self._entries.items():
+        for entry in self._entries.values():
             sources = [n for n, _, _ in entry.sources]
             if wanted is not None and not wanted.intersection(sources) and not wanted.intersection(entry.names):
                 continue
-            if entry.format == "model":
+            if entry.request is None:
                 source = physical_of(self.tensor(sources[0])).detach()
                 if source is not entry.tensors[0] and source.data_ptr() != entry.tensors[0].data_ptr():
                     _check_shape(sources[0], source, entry.tensors[0])
                     entry.tensors[0].copy_(source)
             else:
-                kernel, _, spec = key[2].partition(":")
-                parts = tuple(zip(_part_names(len(sources)), sources, strict=True))
-                fresh = self._pack(kernel, PackedRequest(kernel, ExpertsSpec.decode(spec), parts), entry.device)
-                for old, new in zip(entry.tensors, fresh, strict=True):
+                for old, new in zip(entry.tensors, self._pack(entry.request, entry.device), strict=True):
                     old.copy_(new)
             entry.sources = [self._stamp(n) for n in sources]
             count += 1
@@ -203,10 +186,6 @@ class WeightStore:
             for name in entry.names:
                 by_name.setdefault(name, []).append(entry)
         return [(name, entries) for name, entries in by_name.items() if len(entries) > 1]
-
-
-def _part_names(count: int) -> tuple[str, ...]:
-    return ("gate_up", "down", "gate_up_bias", "down_bias")[:count]
 
 
 def _named_tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:

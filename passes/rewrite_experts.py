@@ -13,7 +13,8 @@ from ktfx.ops.experts import ExpertsSpec, experts_kernel
 from ktfx.ops.experts_layout import ExpertsLayout, experts_layout
 from ktfx.pass_manager import Pass, PassContext, Rewrite, register_pass
 from ktfx.resolve import ModulePlacement
-from ktfx.weights import PackedRequest, PackedWeight
+from ktfx.weight_requests import PackedRequest
+from ktfx.weights import PackedWeight
 
 routed_experts = torch.ops.ktfx.routed_experts.default
 

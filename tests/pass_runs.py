@@ -12,7 +12,7 @@ from torch import fx, nn
 
 from ktfx.capture import capture
 from ktfx.devices import device_map
-from ktfx.graph import info, op_name
+from ktfx.graph import info, op_name, placeholders
 from ktfx.matcher import described
 from ktfx.ops import load_ops
 from ktfx.pass_manager import PassContext, PassRecord, registered_passes, run_pipeline
@@ -50,6 +50,20 @@ class PassRun:
         return "\n".join(lines) + "\n"
 
 
+def graph_inputs(gm: fx.GraphModule, context: PassContext, args: tuple[Any, ...]) -> list[Any]:
+    """What the graph's placeholders stand for: arguments by position, and packed weights made from the model's own."""
+    values = []
+    for node in placeholders(gm.graph):
+        entry = context.captured.inputs[node.name]
+        if entry.kind == "packed":
+            weight = context.packed[node.name]
+            tensors = {part: context.captured.model.get_parameter(name).detach() for part, name in weight.request.parts}
+            values.append(weight.request.pack(tensors, torch.device("cpu"))[weight.index])
+        else:
+            values.append(args[entry.index])
+    return values
+
+
 def graph_lines(gm: fx.GraphModule) -> list[str]:
     return [f"{described(n)}  # {info(n).module}" for n in gm.graph.nodes if n.op == "call_function"]
 
@@ -81,7 +95,7 @@ def run_passes(
         before, after = records[0].graph_before, records[-1].graph_after
         assert before is not None and after is not None
         found.append(PassRun(before, after, context, records, None, None))
-        return lambda *args: captured.gm(*args)
+        return lambda *args: captured.gm(*graph_inputs(captured.gm, context, args))
 
     torch._dynamo.reset()
     for dim in dynamic_dims:

@@ -147,7 +147,7 @@ def packed_texts(
                 tensor = _parameter(context, name)
                 parts.append((part, name, str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape)))
             texts[entry.name] = (
-                f"Packed({weight.request.kernel!r}, {weight.request.spec.encode()!r}, {tuple(parts)!r}, {weight.index})"
+                f"Packed({weight.request.kernel!r}, {weight.request.spec_text!r}, {tuple(parts)!r}, {weight.index})"
             )
         value = (values or {}).get(entry.name)
         if isinstance(value, torch.Tensor) and not value.dtype.is_floating_point and value.numel() <= _INLINE:

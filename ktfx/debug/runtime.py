@@ -64,12 +64,13 @@ def make_inputs(inputs: Mapping[str, Input | Packed], saved: Mapping[str, torch.
 
 
 def _pack(entry: Packed, saved: Mapping[str, torch.Tensor]) -> list[torch.Tensor]:
-    from ktfx.ops.experts import ExpertsSpec, experts_kernel
+    from ktfx.weight_requests import request_of
 
     tensors = {
         part: saved.get(f"parameter {name}", _random(name, dtype, shape)) for part, name, dtype, shape in entry.parts
     }
-    return experts_kernel(entry.kernel).pack(ExpertsSpec.decode(entry.spec), tensors, torch.device("cpu"))
+    request = request_of(entry.kernel, entry.spec, tuple((part, name) for part, name, _, _ in entry.parts))
+    return request.pack(tensors, torch.device("cpu"))
 
 
 def _made_up(entry: Input) -> Any:

@@ -1,0 +1,116 @@
+"""What a graph may ask the ``WeightStore`` for besides a parameter as it is: a kernel's packing, or several in one."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Protocol
+
+import torch
+
+from ktfx.errors import WeightError
+from ktfx.ops.experts import ExpertsSpec, experts_kernel
+
+MERGED = "merged"
+
+Parts = tuple[tuple[str, str], ...]
+
+
+class WeightRequest(Protocol):
+    """Tensors made from parameters. Equal requests share one copy a device.
+
+    kernel, spec_text: what makes them, as text (``request_of`` reads it back). parts: (part, dotted parameter name)
+    pairs. format: for reports. activations: what the kernel may turn activations into, ``model`` for nothing.
+    """
+
+    __dataclass_fields__: ClassVar[dict[str, Any]]
+
+    @property
+    def kernel(self) -> str: ...
+    @property
+    def parts(self) -> Parts: ...
+    @property
+    def spec_text(self) -> str: ...
+    @property
+    def format(self) -> str: ...
+    @property
+    def activations(self) -> str: ...
+
+    def pack(self, tensors: Mapping[str, torch.Tensor], device: torch.device) -> list[torch.Tensor]:
+        """part → parameter, to the tensors on ``device``."""
+        ...
+
+    def model_weights(self, packed: Sequence[torch.Tensor]) -> dict[str, torch.Tensor] | None:
+        """part → the numbers really computed with, in the model's layout; None if they are the parameters' own."""
+        ...
+
+
+@dataclass(frozen=True)
+class PackedRequest:
+    """Weights of one experts module in a kernel's own layout.
+
+    parts: (part, dotted parameter name) pairs, e.g. (``gate_up``, ``model.layers.0.mlp.experts.gate_up_proj``).
+    """
+
+    kernel: str
+    spec: ExpertsSpec
+    parts: Parts
+
+    @property
+    def format(self) -> str:
+        return f"{self.kernel}:{self.spec.weights}"
+
+    @property
+    def spec_text(self) -> str:
+        return self.spec.encode()
+
+    @property
+    def activations(self) -> str:
+        return self.spec.activations
+
+    def pack(self, tensors: Mapping[str, torch.Tensor], device: torch.device) -> list[torch.Tensor]:
+        return experts_kernel(self.kernel).pack(self.spec, dict(tensors), device)
+
+    def model_weights(self, packed: Sequence[torch.Tensor]) -> dict[str, torch.Tensor] | None:
+        if self.spec.weights == "model":
+            return None
+        plain = experts_kernel(self.kernel).dequantised(self.spec, list(packed))
+        return {part: _model_layout(self.spec, part, plain[part]) for part, _ in self.parts}
+
+
+def _model_layout(spec: ExpertsSpec, part: str, plain: torch.Tensor) -> torch.Tensor:
+    """The inverse of ``plain_layout`` for one tensor."""
+    if spec.interleaved and spec.gate != "none" and part in ("gate_up", "gate_up_bias"):
+        half = plain.shape[1] // 2
+        plain = torch.stack([plain[:, :half], plain[:, half:]], dim=2).flatten(1, 2)
+    if spec.transposed and part in ("gate_up", "down"):
+        plain = plain.transpose(1, 2)
+    return plain.contiguous()
+
+
+@dataclass(frozen=True)
+class MergedRequest:
+    """Parameters one above the other (along dimension 0), as one linear layer reads them. No number is changed."""
+
+    parts: Parts
+    kernel: str = MERGED
+    spec_text: str = ""
+    format: str = MERGED
+    activations: str = "model"
+
+    def pack(self, tensors: Mapping[str, torch.Tensor], device: torch.device) -> list[torch.Tensor]:
+        return [torch.cat([tensors[part].to(device) for part, _ in self.parts])]
+
+    def model_weights(self, packed: Sequence[torch.Tensor]) -> dict[str, torch.Tensor] | None:
+        return None
+
+
+def request_of(kernel: str, spec_text: str, parts: Parts) -> WeightRequest:
+    """The request that a dump wrote down."""
+    if kernel == MERGED:
+        return MergedRequest(parts)
+    if not spec_text.startswith("{"):
+        raise WeightError(
+            f"{spec_text[:60]!r} is no spec of the kernel {kernel!r}", mend="dump the graph again with this version"
+        )
+    return PackedRequest(kernel, ExpertsSpec.decode(spec_text), parts)
