@@ -6,7 +6,7 @@ import torch
 import triton
 import triton.language as tl
 from ktfx.triton_kernels.dequant import gated, narrow
-from ktfx.triton_kernels.launch import cdiv
+from ktfx.triton_kernels.launch import cdiv, on_its_device
 
 
 @triton.jit
@@ -21,6 +21,7 @@ def _gated_kernel(
     tl.store(y_ptr + at, narrow(gated(gate, up, ACT, GATE, alpha, limit), y_ptr.dtype.element_ty), mask=at < total)
 
 
+@on_its_device
 def gated_mul(
     gate: torch.Tensor, up: torch.Tensor, act: str, kind: str, alpha: float, limit: float, out: torch.Tensor
 ) -> torch.Tensor:

@@ -12,7 +12,7 @@ import torch
 import triton
 import triton.language as tl
 from ktfx.triton_kernels.dequant import narrow, product
-from ktfx.triton_kernels.launch import cdiv, pow2, sm_count
+from ktfx.triton_kernels.launch import cdiv, on_its_device, pow2, sm_count
 
 
 @triton.jit
@@ -97,6 +97,7 @@ def parts_for(batch: int, heads_kv: int, capacity: int, device: torch.device) ->
     return max(1, min(cdiv(2 * sm_count(device), batch * heads_kv), cdiv(capacity, 64), 128))
 
 
+@on_its_device
 def attention_decode(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, lengths: torch.Tensor, scale: float, window: int,
     sinks: torch.Tensor | None, softcap: float, out: torch.Tensor, parts: int | None = None, block: int = 64,

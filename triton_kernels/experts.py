@@ -23,7 +23,7 @@ import triton
 import triton.language as tl
 from ktfx.triton_kernels.dequant import activation, gated, narrow
 from ktfx.triton_kernels.grouping import group_pairs
-from ktfx.triton_kernels.launch import cdiv, pow2
+from ktfx.triton_kernels.launch import cdiv, on_its_device, pow2
 from ktfx.triton_kernels.matmul import (
     StoredWeight,
     load_inputs,
@@ -301,6 +301,7 @@ def prefer_pairs(T: int, E: int, K: int) -> bool:
     return T == 1 or distinct / (T * K) > 0.8
 
 
+@on_its_device
 def routed_experts(
     spec: ExpertsSpec,
     x_TH: torch.Tensor,

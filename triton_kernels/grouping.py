@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 import triton
 import triton.language as tl
-from ktfx.triton_kernels.launch import cdiv, pow2
+from ktfx.triton_kernels.launch import cdiv, on_its_device, pow2
 
 CHUNK = 256  # pairs a program ranks; the ranks inside a chunk cost CHUNK² comparisons
 
@@ -86,6 +86,7 @@ def max_tiles(pairs: int, num_experts: int, block: int) -> int:
     return min(pairs, (pairs + min(num_experts, pairs) * (block - 1)) // block)
 
 
+@on_its_device
 def group_pairs(ids_TK: torch.Tensor, num_experts: int, block: int) -> PairTiles:
     """ids_TK: contiguous int32 or int64 (T, K) with at least one element; block: pairs a tile, a power of two."""
     S, device = ids_TK.numel(), ids_TK.device

@@ -2,10 +2,35 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
+from collections.abc import Callable
+from functools import lru_cache, wraps
+from typing import ParamSpec, TypeVar
 
 import torch
 import triton
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def on_its_device(launcher: Callable[P, R]) -> Callable[P, R]:
+    """Run a launcher with the device of its first tensor current.
+
+    Triton launches on the current device and that device's current stream, whatever its arguments are: with tensors of
+    another GPU the kernel would still run, through peer access, but unordered with that GPU's own work.
+    """
+
+    @wraps(launcher)
+    def launch(*args: P.args, **kwargs: P.kwargs) -> R:
+        for arg in args:
+            if isinstance(arg, torch.Tensor):
+                if arg.is_cuda and arg.device.index != torch.cuda.current_device():
+                    with torch.cuda.device(arg.device):
+                        return launcher(*args, **kwargs)
+                break
+        return launcher(*args, **kwargs)
+
+    return launch
 
 
 def interpreted() -> bool:

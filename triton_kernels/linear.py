@@ -13,7 +13,7 @@ import torch
 import triton
 import triton.language as tl
 from ktfx.triton_kernels.dequant import narrow
-from ktfx.triton_kernels.launch import cdiv, pow2, sm_count
+from ktfx.triton_kernels.launch import cdiv, on_its_device, pow2, sm_count
 from ktfx.triton_kernels.matmul import StoredWeight, load_inputs, multiply_rows, multiply_tile, scale_row, stored_weight
 
 
@@ -114,6 +114,7 @@ def linear_config(weight: StoredWeight, M: int, N: int, K: int, itemsize: int) -
     return LinearConfig(False, BM=BM, BN=BN, BK=BK, SPLIT=split, num_warps=warps, num_stages=stages)
 
 
+@on_its_device
 def linear(
     x: torch.Tensor,
     tensors: Sequence[torch.Tensor],

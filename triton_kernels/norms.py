@@ -6,7 +6,7 @@ import torch
 import triton
 import triton.language as tl
 from ktfx.triton_kernels.dequant import narrow
-from ktfx.triton_kernels.launch import cdiv, pow2
+from ktfx.triton_kernels.launch import cdiv, on_its_device, pow2
 
 
 @triton.jit
@@ -36,6 +36,7 @@ def _rms_norm_kernel(
     tl.store(y_ptr + at, narrow(y, DT), mask=there)
 
 
+@on_its_device
 def rms_norm(
     x: torch.Tensor,
     weight: torch.Tensor,

@@ -6,7 +6,7 @@ import torch
 import triton
 import triton.language as tl
 from ktfx.triton_kernels.dequant import narrow
-from ktfx.triton_kernels.launch import cdiv, pow2
+from ktfx.triton_kernels.launch import cdiv, on_its_device, pow2
 
 
 @triton.jit
@@ -41,6 +41,7 @@ def _rope_kernel(
         tl.store(y_ptr + y_row + d[None, :], tl.load(x_ptr + x_row + d[None, :], mask=rest, other=0.0), mask=rest)
 
 
+@on_its_device
 def rope(
     x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, style: str, out: torch.Tensor | None = None
 ) -> torch.Tensor:

@@ -6,7 +6,7 @@ import torch
 import triton
 import triton.language as tl
 from ktfx.triton_kernels.dequant import narrow
-from ktfx.triton_kernels.launch import pow2
+from ktfx.triton_kernels.launch import on_its_device, pow2
 
 
 @triton.jit
@@ -62,6 +62,7 @@ def _router_kernel(
     tl.store(ids_ptr + t * TOPK + k, ids.to(tl.int64), mask=k < TOPK)
 
 
+@on_its_device
 def route(
     logits_TE: torch.Tensor, bias_E: torch.Tensor | None, top_k: int, scoring: str, groups: int, keep_groups: int,
     group_score: str, renormalise: bool, scale: float, eps: float, weights_TK: torch.Tensor, ids_TK: torch.Tensor,
