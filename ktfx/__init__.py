@@ -10,7 +10,6 @@ from ktfx.errors import KtfxError, KtfxWarning
 if TYPE_CHECKING:
     from ktfx.api import compile, refresh, restore, state_of
     from ktfx.loading import from_pretrained
-    from ktfx.resolve import resolve
     from ktfx.ruleset import load_ruleset
 
 __all__ = [
@@ -20,7 +19,6 @@ __all__ = [
     "from_pretrained",
     "load_ruleset",
     "refresh",
-    "resolve",
     "restore",
     "state_of",
 ]

@@ -119,15 +119,25 @@ def _wrap(
     logical = _device_of(model)
     self_ref = weakref.ref(model)
     in_pieces = False
+    shapes: dict[Any, Any] = {}
+    dynamo = torch._dynamo.config
 
     @functools.wraps(original)
     def forward(*args: Any, **kwargs: Any) -> Any:
+        # A float attribute (a scale) that differs between two models must not become an input of the graph (torch 2.11).
+        before, dynamo.specialize_float = dynamo.specialize_float, True
+        try:
+            return run(args, kwargs)
+        finally:
+            dynamo.specialize_float = before
+
+    def run(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         nonlocal in_pieces
         owner = self_ref()
         assert owner is not None
         cache = kwargs.get("past_key_values")
         if cache is not None:
-            place_cache(cache, owner, original, args, kwargs, state.resolution, state.devices, logical)
+            place_cache(cache, owner, original, args, kwargs, state.resolution, state.devices, logical, shapes)
         try:
             if not in_pieces:
                 try:

@@ -116,8 +116,8 @@ def check_budget(
             f"{device} would hold {human_bytes(needed)} of weights ({parts}) and has room for {human_bytes(limit)}",
             origin=resolution.ruleset.origin,
             expected=f"at most {human_bytes(limit)} on {device}",
-            mend="give it fewer layers in `layers:`, put more layers' experts on the host (op: experts.cpu), or choose a "
-            "smaller weight format (weights: int4)",
+            mend="give it fewer layers in `layers:`, put more layers' experts on the host (op: experts.cpu), or choose "
+            "a smaller weight format (weights: int4)",
         )
 
 

@@ -19,6 +19,10 @@ from ktfx.placed_tensor import PlacedTensor
 from ktfx.resolve import Resolution
 
 
+# On a cache whose layers were all placed: looking at each again would cost every decode step a millisecond.
+_MARK = "_ktfx_placed"
+
+
 def place_cache(
     cache: Any,
     model: nn.Module,
@@ -28,21 +32,28 @@ def place_cache(
     resolution: Resolution,
     devices: DeviceMap,
     logical: torch.device,
+    known: dict[Any, Any],
 ) -> bool:
     """Build a cache's tensors on their layers' devices; True if something was built.
 
     cache: a transformers ``StaticCache`` (anything whose ``layers`` have ``is_compileable`` and ``is_initialized``).
     forward, call_args, call_kwargs: the model's own forward and the call about to be made; the shapes of the states are
     found by running it once on fake tensors with a copy of the cache, so that every kind of cache layer is covered.
+    known: what earlier calls found, by the form of the call; the caller keeps it.
     """
     layers = getattr(cache, "layers", None)
-    if not layers or not getattr(cache, "is_compileable", False):
+    if not layers or (getattr(cache, _MARK, False) and _is_placed(layers[-1])):
         return False
+    if not getattr(cache, "is_compileable", False):
+        return False
+    object.__setattr__(cache, _MARK, True)
     if all(_is_placed(layer) for layer in layers):
         return False
     if any(not _initialized(layer) for layer in layers):
-        shapes = _shapes(cache, model, forward, call_args, call_kwargs)
-        for layer, reference in zip(layers, shapes.layers, strict=True):
+        key = _form_of_call(cache, call_args, call_kwargs)
+        if key not in known:
+            known[key] = _shapes(cache, model, forward, call_args, call_kwargs).layers
+        for layer, reference in zip(layers, known[key], strict=True):
             if not _initialized(layer):
                 _initialize(layer, reference, logical)
     for index, layer in enumerate(layers):
@@ -53,6 +64,13 @@ def place_cache(
             elif isinstance(value, list) and any(isinstance(v, torch.Tensor) for v in value):
                 setattr(layer, name, [_placed(v, devices[device], device, logical) for v in value])
     return True
+
+
+def _form_of_call(cache: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """What the states' shapes depend on: batch size, dtypes and the layers' own capacities."""
+    tensors = [v for v in (*args, *kwargs.values()) if isinstance(v, torch.Tensor)]
+    batch = tuple((t.shape[0] if t.dim() else 0, t.dtype) for t in tensors)
+    return batch, tuple((type(layer), getattr(layer, "max_cache_len", None)) for layer in cache.layers)
 
 
 def _placed(value: Any, real: torch.device, device: str, logical: torch.device) -> Any:
@@ -107,7 +125,7 @@ def _batched_experts(model: nn.Module) -> Iterator[None]:
     """Fake tensors refuse ``grouped_mm`` in float32 (torch 2.13); the batched form has no such check."""
     get, put = getattr(model, "get_experts_implementation", None), getattr(model, "set_experts_implementation", None)
     before = get() if get is not None and put is not None else None
-    if not before:
+    if not before or put is None:
         yield
         return
     try:

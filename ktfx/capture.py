@@ -72,6 +72,7 @@ def capture(
     _check_model(root)
     fakes = [_plain_fake(n.meta.get("example_value", v)) for n, v in zip(nodes, example_inputs, strict=True)]
     exported, signature = aot_export_module(gm, fakes, trace_joint=False, pre_dispatch=True, decompositions={})
+    assert isinstance(exported, fx.GraphModule)
 
     inputs = _describe_inputs(exported, nodes, prefix, signature)
     constants = _lift_constants(exported, inputs)
@@ -184,7 +185,7 @@ def _describe_inputs(
 
 
 def _lift_constants(gm: fx.GraphModule, inputs: dict[fx.Node, GraphInput]) -> dict[fx.Node, torch.Tensor]:
-    """Tensors made from literals (``torch.tensor([-1])``) are attributes of the export: make them inputs, as weights are."""
+    """Tensors made from literals (``torch.tensor([-1])``) are attributes of the export; they become inputs."""
     constants: dict[fx.Node, torch.Tensor] = {}
     by_target: dict[str, fx.Node] = {}
     for node in list(gm.graph.nodes):

@@ -230,7 +230,7 @@ def relative_error(w: torch.Tensor, q: QuantizedWeight) -> float:
 
 
 def from_fp8_blocks(weight: torch.Tensor, scale_inv: torch.Tensor) -> QuantizedWeight:
-    """A DeepSeek-V3 weight, bit for bit: ``weight`` float8_e4m3fn (…, N, K), ``weight_scale_inv`` (…, ⌈N/128⌉, ⌈K/128⌉)."""
+    """A DeepSeek-V3 weight, bit for bit: ``weight`` float8_e4m3fn (…, N, K), ``scale_inv`` (…, ⌈N/128⌉, ⌈K/128⌉)."""
     shape = tuple(weight.shape)
     expected = storage("fp8", shape, torch.float32)[1][0]
     if weight.dtype != torch.float8_e4m3fn or tuple(scale_inv.shape) != expected:
@@ -243,7 +243,7 @@ def from_fp8_blocks(weight: torch.Tensor, scale_inv: torch.Tensor) -> QuantizedW
 
 
 def from_mxfp4_blocks(blocks: torch.Tensor, scales: torch.Tensor) -> QuantizedWeight:
-    """A gpt-oss weight, bit for bit: ``blocks`` uint8 (…, N, K/32, 16), neighbours in a byte, ``scales`` (…, N, K/32)."""
+    """A gpt-oss weight, bit for bit: ``blocks`` uint8 (…, N, K/32, 16), two values a byte, ``scales`` (…, N, K/32)."""
     if blocks.dtype != torch.uint8 or blocks.shape[-1] != BLOCK // 2 or blocks.shape[:-1] != scales.shape:
         raise WeightError(
             f"not an mxfp4 weight: {blocks.dtype} {tuple(blocks.shape)} with scales {tuple(scales.shape)}",

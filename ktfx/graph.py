@@ -152,7 +152,7 @@ def insert_call(
 def refresh_values(changed: Iterable[fx.Node]) -> None:
     """Run again, on fakes, what reads these nodes, as far as strides change: a new producer may lay its value out anew.
 
-    Raises RuntimeError or ValueError where a reader cannot take the new strides (a view).
+    A ``view`` that the new strides do not allow becomes a ``reshape``, which copies only where it must.
     """
     heap: list[fx.Node] = []
     waiting: set[fx.Node] = set()
@@ -171,7 +171,13 @@ def refresh_values(changed: Iterable[fx.Node]) -> None:
         old = node.meta["val"]
         args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
         with fake_mode_of(node.graph) or contextlib.nullcontext():
-            new = node.target(*args, **kwargs)  # type: ignore[operator]
+            try:
+                new = node.target(*args, **kwargs)  # type: ignore[operator]
+            except (RuntimeError, ValueError):
+                if node.target is not torch.ops.aten.view.default:
+                    raise
+                node.target = torch.ops.aten.reshape.default
+                new = node.target(*args, **kwargs)
         if _layout(new) != _layout(old):
             node.meta["val"] = new
             wait_for_readers(node)
@@ -195,7 +201,7 @@ def insert_placeholder(graph: fx.Graph, name: str, val: torch.Tensor) -> fx.Node
 
 
 def replace_devices(node: fx.Node, device: torch.device) -> None:
-    """Rewrite every ``device=`` argument of a node to where the node really runs (a trace hard-codes the logical one)."""
+    """Rewrite every ``device=`` argument to where the node really runs: a trace hard-codes the logical one."""
     if "device" in node.kwargs and node.kwargs["device"] is not None:
         node.kwargs = {**node.kwargs, "device": device}
     if any(isinstance(a, torch.device) for a in node.args):

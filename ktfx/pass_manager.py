@@ -76,6 +76,7 @@ class PassContext:
     misses: list[Miss] = field(default_factory=list)
     rewrites: list[Rewrite] = field(default_factory=list)
     bisect_limit: int | None = None
+    pass_limit: int | None = None
     partitioning: Any = None
     _count: int = 0
 
@@ -244,16 +245,20 @@ def run_pipeline(
     """Run the passes in order, check the graph after each, and return the record.
 
     keep_graphs: keep a copy of the graph before and after each pass (verify and tracing read them).
+    KTFX_BISECT_LIMIT and KTFX_BISECT_PASSES in the environment: how many rewrites, and optional passes, to run.
     """
-    limit = os.environ.get("KTFX_BISECT_LIMIT")
-    if limit is not None:
-        if not limit.lstrip("-").isdigit():
-            raise KtfxError(f"KTFX_BISECT_LIMIT={limit!r} is no number", mend="give the number of rewrites to run")
-        context.bisect_limit = int(limit)
+    context.bisect_limit = _limit("KTFX_BISECT_LIMIT", "rewrites", context.bisect_limit)
+    context.pass_limit = _limit("KTFX_BISECT_PASSES", "optional passes", context.pass_limit)
     signature = _signature(gm.graph)
     records: list[PassRecord] = []
     graph_before = _copy(gm) if keep_graphs else None
+    optional, placed = 0, False
     for current in pipeline:
+        if current.name not in REQUIRED:
+            optional += 1
+            if not _pass_allowed(optional, current.name, context):
+                continue
+        placed = placed or current.name == "insert_transfers"
         ops_before = _count_ops(gm.graph)
         rewrites_before, misses_before = len(context.rewrites), len(context.misses)
         start = time.perf_counter()
@@ -264,10 +269,10 @@ def run_pipeline(
         except Exception as error:
             raise PassError(
                 f"pass {current.name!r} failed: {type(error).__name__}: {error}",
-                mend="report it with the model's config and the rule file; leaving the pass out of `passes:` goes on without it",
+                mend="report it with the model's config and the rule file; without it in `passes:` the rest goes on",
             ) from error
         seconds = time.perf_counter() - start
-        _check(current.name, gm, context, signature)
+        _check(current.name, gm, context, signature, placed)
         graph_after = _copy(gm) if keep_graphs else None
         record = PassRecord(
             name=current.name,
@@ -285,6 +290,23 @@ def run_pipeline(
         if after_pass is not None:
             after_pass(record)
     return records
+
+
+def _limit(variable: str, counted: str, otherwise: int | None) -> int | None:
+    text = os.environ.get(variable)
+    if text is None:
+        return otherwise
+    if not text.lstrip("-").isdigit():
+        raise KtfxError(f"{variable}={text!r} is no number", mend=f"give the number of {counted} to run")
+    return int(text)
+
+
+def _pass_allowed(number: int, name: str, context: PassContext) -> bool:
+    if context.pass_limit is None:
+        return True
+    allowed = number <= context.pass_limit
+    print(f"ktfx bisect: {'running' if allowed else 'NOT running'} pass ({number}) {name}")
+    return allowed
 
 
 def _copy(gm: fx.GraphModule) -> fx.GraphModule:
@@ -311,8 +333,8 @@ def _signature(graph: fx.Graph) -> list[tuple[Any, ...]]:
     return result
 
 
-def _check(name: str, gm: fx.GraphModule, context: PassContext, signature: list[tuple[Any, ...]]) -> None:
-    """The invariants that hold after every pass."""
+def _check(name: str, gm: fx.GraphModule, context: PassContext, signature: list[tuple[Any, ...]], placed: bool) -> None:
+    """The invariants that hold after every pass. placed: ``insert_transfers`` has run, so devices must agree."""
     try:
         gm.graph.lint()
     except RuntimeError as error:
@@ -331,7 +353,7 @@ def _check(name: str, gm: fx.GraphModule, context: PassContext, signature: list[
             f"pass {name!r} changed output {changed[0] if changed else len(now)}: "
             f"{signature[changed[0]] if changed else len(signature)} became {now[changed[0]] if changed else len(now)}"
         )
-    if name in ("insert_transfers", "partition_by_device"):
+    if placed:
         _check_devices(name, gm.graph, context)
 
 

@@ -63,7 +63,7 @@ class PlacedTensor(torch.Tensor):
     ) -> PlacedTensor:
         return PlacedTensor(inner["physical"], *meta)
 
-    def __repr__(self, *, tensor_contents: Any = None) -> str:
+    def __repr__(self, **_: Any) -> str:  # type: ignore[override]
         return f"PlacedTensor({self.device_name}, {tuple(self.shape)}, {self.dtype}, says {self.device})"
 
     def fetch(self) -> torch.Tensor:
@@ -72,7 +72,9 @@ class PlacedTensor(torch.Tensor):
 
     @classmethod
     @torch._disable_dynamo  # after a graph break Dynamo would trace this very function
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         kwargs = kwargs or {}
         if func in _KEEP_PLACED:
             return _stay_placed(func, args, kwargs)

@@ -114,7 +114,7 @@ def default_rules(model: nn.Module) -> str:
 
 
 def name_of_logical(ruleset: Ruleset, logical: torch.device) -> str:
-    """The device name, as the rules write it, of the device that inputs come from: ``host`` where ``host: cpu`` is declared."""
+    """The name that the rules give the device inputs come from: ``host`` where ``host: cpu`` is declared."""
     plain = "cpu" if logical.type == "cpu" else f"{logical.type}:{logical.index or 0}"
     for name in ruleset.devices:
         if written_device(name, ruleset.devices) == plain:

@@ -12,7 +12,7 @@ from ktfx.pass_manager import Pass, PassContext, Rewrite, register_pass
 
 @register_pass
 class AssignDevices(Pass):
-    """A node runs where its module is placed in this phase; what belongs to no child module runs with the residual stream.
+    """A node runs where its module is placed in this phase; what belongs to no child runs with the residual stream.
 
     Integers (sizes) have no device. ``getitem`` follows the op it reads. A module's ``out_device`` is noted on the
     nodes whose values leave it.
@@ -49,7 +49,7 @@ class AssignDevices(Pass):
             module = info(node).module
             placement = context.resolution.of(module)
             out = placement.out_device
-            if out is None or out == info(node).device or op_name(node) == "getitem" and not is_tensor_node(node):
+            if out is None or out == info(node).device or (op_name(node) == "getitem" and not is_tensor_node(node)):
                 continue
             root = placement.module
             leaves = any(not _inside(info(user).module, root) for user in node.users)

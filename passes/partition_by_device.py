@@ -75,7 +75,8 @@ class PartitionByDevice(Pass):
 
     def _cut(self, compute: list[fx.Node], owner: dict[fx.Node, fx.Node], run_of: tuple[int, ...]) -> list[Unit]:
         """Within a run, nodes keep their order; a new unit begins where the layer changes."""
-        per_unit = max(1, self.options.layers_per_unit)
+        options = self.options
+        per_unit = max(1, options.layers_per_unit if isinstance(options, PartitionByDevice.Options) else 1)
         run_by_node = dict(zip(compute, run_of, strict=True))
         by_run: dict[int, list[fx.Node]] = {}
         for node in compute:

@@ -150,6 +150,8 @@ def tiny_model(name: str, dtype: torch.dtype = torch.float32, layers: int = LAYE
         for parameter in model.parameters():
             if parameter.dim() == 1:
                 parameter.add_(torch.randn_like(parameter) * 0.05)  # norms off their neutral weights, biases off zero
+            elif not parameter.any():
+                parameter.normal_(std=0.3)  # a router left at zero (transformers 5.17's Ernie) ties all its experts
             else:
                 parameter.mul_(2.0)  # sharper routing than the usual initialisation gives
     return model

@@ -373,12 +373,12 @@ def test_accelerate_hooks_are_refused(model):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="asks for a device that is not there")
 def test_a_device_that_does_not_exist(model):
-    with pytest.raises(PlacementError, match="--simulate cpu|simulate"):
+    with pytest.raises(PlacementError, match="simulate"):
         ktfx.compile(model, RULES)
 
 
 def test_a_device_too_small_is_said_before_anything_moves(model):
-    with pytest.raises(PlacementError, match="gpu1 would hold .* and has room for 1.0 KiB"):
+    with pytest.raises(PlacementError, match=r"gpu1 would hold .* and has room for 1\.0 KiB"):
         compiled(model, memory={"gpu1": "1KiB"})
     assert not hasattr(model, "_ktfx_compiled")
 

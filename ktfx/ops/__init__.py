@@ -8,7 +8,7 @@ from importlib.metadata import entry_points
 
 
 def load_ops() -> None:
-    """Import every op family and kernel (idempotent). Others register theirs through the entry-point group ``ktfx.kernels``."""
+    """Import every op family and kernel, once; other packages' come by the entry-point group ``ktfx.kernels``."""
     for module in pkgutil.iter_modules(__path__):
         importlib.import_module(f"{__name__}.{module.name}")
     for entry in entry_points(group="ktfx.kernels"):

@@ -37,7 +37,7 @@ class ExpertsSpec:
     interleaved: gate and up rows alternate (g0, u0, g1, u1, …), not gate then up.
     has_bias: ``gate_up_bias`` (E, 2I or I) and ``down_bias`` (E, H) exist.
     weights: the storage format, a name of ``ktfx.formats`` (``model`` keeps the model's own dtype).
-    activations: what the kernel may turn activations into: ``model`` (leave them) or ``int8`` (per block, CPU int4/int8).
+    activations: what the kernel may turn activations into: ``model`` (leave them) or ``int8`` (per block; CPU).
     """
 
     num_experts: int
@@ -91,9 +91,7 @@ class ExpertsKernel:
     unsupported: Callable[[ExpertsSpec, torch.dtype, torch.device], str | None]
     packed_meta: Callable[[ExpertsSpec, torch.dtype], list[TensorMeta]]
     pack: Callable[[ExpertsSpec, Mapping[str, torch.Tensor], torch.device], list[torch.Tensor]]
-    forward: Callable[
-        [ExpertsSpec, torch.Tensor, torch.Tensor, torch.Tensor, Sequence[torch.Tensor]], torch.Tensor
-    ]
+    forward: Callable[[ExpertsSpec, torch.Tensor, torch.Tensor, torch.Tensor, Sequence[torch.Tensor]], torch.Tensor]
     dequantised: Callable[[ExpertsSpec, Sequence[torch.Tensor]], dict[str, torch.Tensor]]
 
 
@@ -124,7 +122,7 @@ def experts_kernel_names() -> list[str]:
 
 
 def plain_layout(spec: ExpertsSpec, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The model's expert tensors as views or copies in the plain layout: gate_up (E, 2I, H) gate first, down (E, H, I)."""
+    """The expert tensors as views or copies in the plain layout: gate_up (E, 2I, H) gate first, down (E, H, I)."""
     gate_up, down = tensors["gate_up"], tensors["down"]
     if spec.transposed:
         gate_up, down = gate_up.transpose(1, 2), down.transpose(1, 2)

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
-from torch import nn
 
 from ktfx.ops.experts import ACTIVATIONS, ExpertsSpec, apply_gate
 
@@ -23,7 +23,7 @@ class ExpertsLayout:
     parameters: dict[str, str]
 
 
-def experts_layout(module: nn.Module) -> ExpertsLayout | str:
+def experts_layout(module: Any) -> ExpertsLayout | str:
     """The layout, or in words why the op cannot express this module."""
     for name in ("has_gate", "has_bias", "is_transposed", "is_concatenated"):
         if not isinstance(getattr(module, name, None), bool):
@@ -54,20 +54,18 @@ def experts_layout(module: nn.Module) -> ExpertsLayout | str:
         interleaved=not module.is_concatenated and has_gate,
         has_bias=has_bias,
     )
-    if tuple(down.shape) != (
-        (E, spec.intermediate, hidden) if spec.transposed else (E, hidden, spec.intermediate)
-    ):
-        return f"{type(module).__name__}.down_proj is {tuple(down.shape)}, which does not fit {up} {tuple(weight.shape)}"
+    if tuple(down.shape) != ((E, spec.intermediate, hidden) if spec.transposed else (E, hidden, spec.intermediate)):
+        return (
+            f"{type(module).__name__}.down_proj is {tuple(down.shape)}, which does not fit {up} {tuple(weight.shape)}"
+        )
     gated = _find_gate(module, spec)
     if gated is None:
         return f"{type(module).__name__} has a gate function that no known one reproduces"
     return ExpertsLayout(gated, parameters)
 
 
-def _find_gate(module: nn.Module, spec: ExpertsSpec) -> ExpertsSpec | None:
+def _find_gate(module: Any, spec: ExpertsSpec) -> ExpertsSpec | None:
     """The spec with the activation and gate that give what the module's own functions give on random input."""
-    from dataclasses import replace
-
     from torch._subclasses.fake_tensor import unset_fake_temporarily
 
     width = 8
@@ -76,7 +74,7 @@ def _find_gate(module: nn.Module, spec: ExpertsSpec) -> ExpertsSpec | None:
         rows = width * (1 if not module.has_gate else 2)
         probe = torch.randn(_PROBE_ROWS, rows, generator=generator) * 6  # far enough to meet every clamp
         try:
-            expected = module._apply_gate(probe) if module.has_gate else module.act_fn(probe)
+            expected = getattr(module, "_apply_gate" if module.has_gate else "act_fn")(probe)
         except Exception:  # a gate that needs more than its argument: not one of ours
             return None
         plain = torch.cat([probe[:, 0::2], probe[:, 1::2]], dim=1) if spec.interleaved else probe

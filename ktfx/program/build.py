@@ -62,7 +62,11 @@ def build_program(
     part: Partitioning = context.partitioning
     unit_of = {n: u.index for u in part.units for n in u.nodes}
     output_values = [v for v in output_node(gm.graph).args[0]]  # type: ignore[union-attr]
-    writes = {output_values[i]: name for i, name in context.captured.writes if isinstance(output_values[i], fx.Node)}
+    writes: dict[fx.Node, str] = {}
+    for position, name in context.captured.writes:
+        value = output_values[position]
+        if isinstance(value, fx.Node):
+            writes[value] = name
     by_name = {n.name: n for n in placeholders(gm.graph)}
     folds = _foldable(part, unit_of, context, writes, by_name)
     user_outputs = output_values[len(context.captured.writes) :]
@@ -255,7 +259,8 @@ def _size_step(node: fx.Node, layout: _Layout, steps: list[Step]) -> None:
     for argument in node.all_input_nodes:
         if argument.op == "call_function" and is_size_node(argument):
             _size_step(argument, layout, steps)
-    args = fx.node.map_arg(node.args, lambda n: SlotRef(layout.read(n, str(info(n).device or ""))))
+    refs: Callable[[fx.Node], Any] = lambda n: SlotRef(layout.read(n, str(info(n).device or "")))  # noqa: E731
+    args: Any = fx.node.map_arg(node.args, refs)
     steps.append(Size(node.target, args, dict(node.kwargs), layout.new(node)))  # type: ignore[arg-type]
 
 

@@ -28,7 +28,7 @@ class CompiledUnit:
 
 
 def _inductor(unit: UnitGraph) -> UnitFunction:
-    """Inductor, inside Dynamo's tracing context: ``from_example_inputs`` loses symbolic sizes' ranges (torch 2.11, 2.13)."""
+    """Inductor, inside Dynamo's tracing context: ``from_example_inputs`` loses ranges of sizes (torch 2.11, 2.13)."""
     artifact = torch._inductor.standalone_compile(
         unit.gm, unit.fakes, dynamic_shapes="from_tracing_context", options={"config_patches": {}}
     )

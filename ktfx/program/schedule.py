@@ -32,7 +32,7 @@ def schedule_runs(devices: Sequence[str], inputs: Sequence[Sequence[int]]) -> Sc
     devices[i]: device name of node i; nodes are given in a topological order. inputs[i]: the nodes that node i reads.
     A node with freedom goes to the run of its predecessor in the given order, so that a layer's nodes stay together.
     """
-    group_of, group_device, need = _groups(devices, inputs)
+    _, group_device, need = _groups(devices, inputs)
     sequence, exact = _fewest_runs(group_device, need)
     return Schedule(tuple(sequence), tuple(_assign(devices, inputs, sequence)), exact)
 

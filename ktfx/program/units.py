@@ -1,9 +1,9 @@
-"""A compile unit as a graph of its own: inputs in a canonical order, so that equal layers give equal text and one compile."""
+"""A compile unit as a graph of its own, inputs in canonical order: equal layers give equal text and one compile."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -97,8 +97,8 @@ def extract_unit(
 def on_device(val: Any, device: torch.device, mode: Any) -> Any:
     """A fake of the same form on a device, its sizes written in the symbols that torch settled on.
 
-    When two symbols turn out equal torch replaces one by the other, but a size keeps its old name inside; Inductor binds
-    the old name and uses the new one (torch 2.11, 2.13), so sizes are made afresh.
+    When two symbols turn out equal torch replaces one by the other, but a size keeps its old name inside; Inductor
+    binds the old name and uses the new one (torch 2.11, 2.13), so sizes are made afresh.
     """
     if isinstance(val, torch.SymInt):
         return settled(val)
@@ -170,8 +170,9 @@ def _from_expression(graph: fx.Graph, val: torch.SymInt, env: dict[fx.Node, Any]
         if isinstance(expr, (Mod, sympy.Mod)):
             return call(operator.mod, build(expr.args[0]), build(expr.args[1]))
         raise PassError(
-            f"a size {expr} cannot be computed from the graph's inputs",
-            mend="give the model inputs of a fixed length, or options={'query_input': …} naming its token input",
+            f"a number in the graph, {expr}, depends on data and cannot be computed from the sizes of its inputs",
+            mend="if it is a float attribute of the model (zuf…): torch._dynamo.config.specialize_float = True, which "
+            "ktfx.compile sets by itself; if it is read off a tensor (u…): the model's code must not call .item()",
         )
 
     return build(val.node.expr)
@@ -214,7 +215,8 @@ def _key(graph: fx.Graph, fakes: list[Any], real: torch.device) -> str:
     for node in graph.nodes:
         if node.op == "placeholder":
             continue
-        args = fx.node.map_arg((node.args, node.kwargs), lambda n: _Reference(number[n]))
+        refs: Callable[[fx.Node], Any] = lambda n: _Reference(number[n])  # noqa: E731
+        args: Any = fx.node.map_arg((node.args, node.kwargs), refs)
         lines.append(f"{number[node]} {target_name(node.target)} {args!r}")
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
