@@ -147,6 +147,12 @@ void amx_tiles(const ktfx_matrix* m, const uint8_t* w0, const uint8_t* w1, const
   }
   const int steps = m->Kp / 32;
   const int64_t stride = ldx * 2;
+  // The next two tiles are fetched while these are computed with, spread over all steps.
+  const int passes = (rows + 31) / 32;
+  const uint8_t* next = (w1 ? w1 : w0) + m->tile_bytes;
+  const int64_t lines = 2 * m->tile_bytes / 64;
+  const int share = (int)((lines + (int64_t)steps * passes - 1) / ((int64_t)steps * passes));
+  const uint8_t* const next_end = next + lines * 64;
   for (int r = 0; r < rows; r += 32) {
     const int left = rows - r;
     const int r0 = left < 16 ? left : 16, r1 = left >= 32 ? 16 : left - r0;
@@ -164,11 +170,7 @@ void amx_tiles(const ktfx_matrix* m, const uint8_t* w0, const uint8_t* w1, const
         TILE_LOAD(6, b0 + s * 1024, 64);
         TILE_LOAD(7, b1 + s * 1024, 64);
         TILE_LOAD(5, x1 + s * 32, stride);
-        if (r == 0)
-          for (int i = 0; i < 1024; i += 64) {
-            __builtin_prefetch(b0 + (s + 4) * 1024 + i, 0, 2);
-            __builtin_prefetch(b1 + (s + 4) * 1024 + i, 0, 2);
-          }
+        for (int i = 0; i < share && next < next_end; ++i, next += 64) __builtin_prefetch(next, 0, 2);
         TILE_DOT(0, 4, 6);
         TILE_DOT(1, 4, 7);
         TILE_DOT(2, 5, 6);
@@ -178,6 +180,7 @@ void amx_tiles(const ktfx_matrix* m, const uint8_t* w0, const uint8_t* w1, const
       for (int s = 0; s < steps; ++s) {
         TILE_LOAD(4, x0 + s * 32, stride);
         TILE_LOAD(6, b0 + s * 1024, 64);
+        for (int i = 0; i < share && next < next_end; ++i, next += 64) __builtin_prefetch(next, 0, 2);
         TILE_DOT(0, 4, 6);
         if (w1) {
           TILE_LOAD(7, b1 + s * 1024, 64);

@@ -10,6 +10,7 @@
 #include <sys/mman.h>
 
 #include <algorithm>
+#include <atomic>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
@@ -31,11 +32,11 @@ constexpr int kInputBlock = 512;     // inputs whose weights stay in the nearest
 constexpr int kPanelFloats = 256 * kTile + 2 * kTile * kInputBlock / 32;  // a panel and its scales
 constexpr int64_t kArenaBytes = 512ll << 20;
 
-int amx_rows() {
-  static const int rows = [] {
+std::atomic<int>& amx_rows() {
+  static std::atomic<int> rows{[] {
     const char* text = getenv("KTFX_CPU_AMX_ROWS");
     return text && atoi(text) > 0 ? atoi(text) : 8;
-  }();
+  }()};
   return rows;
 }
 
@@ -152,73 +153,85 @@ TileFn tile_kernel(const Run& r, const ktfx_matrix& m, Panel panel, int rows) {
                             : r.kernels->i8[m.format - KTFX_FMT_INT8][s][rows];
 }
 
-// As below, with each tile unpacked to a panel first.
-void multiply_panels(const Run& r, const ktfx_matrix& m, const uint8_t* w, int tiles, const Chunk& chunk, bool down,
-                     float* c, float* scratch) {
+int input_bits(int format) {
+  if (format == KTFX_FMT_F32) return 32;
+  if (format <= KTFX_FMT_F16) return 16;
+  return format <= KTFX_FMT_INT8 ? 8 : 4;
+}
+
+// Fetches weights that come next while the present ones are computed with, a part at a time: memory and arithmetic then
+// overlap, where few rows share a weight neither can hide the other by itself.
+class Ahead {
+ public:
+  Ahead(const uint8_t* from, int64_t bytes, int parts) : at_(from), end_(from + bytes) {
+    part_ = ((bytes + 63) / 64 + parts - 1) / parts * 64;
+  }
+  void part() {
+    const uint8_t* stop = std::min(at_ + part_, end_);
+    for (; at_ < stop; at_ += 64) __builtin_prefetch(at_, 0, 2);
+  }
+
+ private:
+  const uint8_t *at_, *end_;
+  int64_t part_;
+};
+
+// One row block over inputs [k, end) of a tile, or of the panel that it was unpacked to.
+void multiply_rows(const Run& r, const ktfx_matrix& m, const PanelKind& kind, const uint8_t* tile, const float* panel,
+                   const RowBlock& b, const Rows& in, int k, int end, float* c) {
   const KernelTable& kt = *r.kernels;
-  const PanelKind& kind = down ? r.h_kind : r.x_kind;
-  const int step = kind.panel == kPanelF32 ? kInputBlock / 2 : kInputBlock;
-  float* scales = scratch + 256 * kTile;
-  ktfx_matrix plain = m;
-  plain.format = KTFX_FMT_F32;
-  for (int k = 0; k < m.Kp; k += step)
-    for (int t = 0; t < tiles; ++t) {
-      const int end = std::min(k + step, m.Kp);
-      const uint8_t* tile = w + t * m.tile_bytes;
-      if (kind.panel == kPanelF32) kt.unpack_f32(&m, tile, k, end, scratch);
-      else (kind.panel == kPanelI16 ? kt.unpack_i16 : kt.unpack_i8)(&m, tile, k, end, kind.block, scratch, scales);
-      float* to = c + (int64_t)t * chunk.rows * kTile;
-      for (int i = chunk.first; i < chunk.last; ++i) {
-        const RowBlock& b = r.ws->blocks[i];
-        const Rows& in = down ? b.h : b.x;
-        if (kind.panel == kPanelF32) {
-          const float* x = (const float*)in.q + (int64_t)k * b.rows;  // the panel begins at input 0
-          const TileArgs a{(const uint8_t*)scratch, &plain, x, nullptr, nullptr, to, 0, end - k, kind.block, k == 0};
-          kt.f32[KTFX_FMT_F32][b.rows](&a);
-        } else {
-          const PanelArgs a{scratch, scales, in.q, in.dx, in.sx, to, k, end, kind.block, k == 0, m.format == KTFX_FMT_MXFP4};
-          (kind.panel == kPanelI16 ? kt.panel_i16 : kt.panel_i8)[b.rows](&a);
-        }
-        to += b.rows * kTile;
-      }
-    }
+  if (!panel) {
+    const TileArgs a{tile, &m, in.q, in.dx, in.sx, c, k, end, kind.block, k == 0};
+    tile_kernel(r, m, kind.panel, b.rows)(&a);
+  } else if (kind.panel == kPanelF32) {
+    const float* x = (const float*)in.q + (int64_t)k * b.rows;  // the panel begins at input 0
+    const TileArgs a{(const uint8_t*)panel, nullptr, x, nullptr, nullptr, c, 0, end - k, kind.block, k == 0};
+    kt.f32[KTFX_FMT_F32][b.rows](&a);
+  } else {
+    const PanelArgs a{panel, panel + 256 * kTile, in.q, in.dx, in.sx, c, k, end, kind.block, k == 0};
+    (kind.panel == kPanelI16 ? kt.panel_i16 : kt.panel_i8[m.format == KTFX_FMT_MXFP4])[b.rows](&a);
+  }
 }
 
 // c[tile][rows of the chunk][16] for `tiles` tiles from `w` on.
 void multiply(const Run& r, const ktfx_matrix& m, const uint8_t* w, int tiles, const Chunk& chunk, bool down, float* c,
               float* scratch) {
+  const KernelTable& kt = *r.kernels;
   const RowBlock* blocks = r.ws->blocks.data();
   if (chunk.amx) {
     const RowBlock& b = blocks[chunk.first];
     for (int t = 0; t < tiles; t += 2)
-      r.kernels->amx(&m, w + t * m.tile_bytes, t + 1 < tiles ? w + (t + 1) * m.tile_bytes : nullptr,
-                     (const uint16_t*)(down ? b.h.q : b.x.q), m.Kp, chunk.rows, c + (int64_t)t * chunk.rows * kTile,
-                     c + (int64_t)(t + 1) * chunk.rows * kTile, (uint16_t*)scratch);
+      kt.amx(&m, w + t * m.tile_bytes, t + 1 < tiles ? w + (t + 1) * m.tile_bytes : nullptr,
+             (const uint16_t*)(down ? b.h.q : b.x.q), m.Kp, chunk.rows, c + (int64_t)t * chunk.rows * kTile,
+             c + (int64_t)(t + 1) * chunk.rows * kTile, (uint16_t*)scratch);
     return;
   }
-  if (chunk.rows > r.kernels->rows_direct && m.format != KTFX_FMT_F32 && m.format != KTFX_FMT_BF16)
-    return multiply_panels(r, m, w, tiles, chunk, down, c, scratch);
-  const int step = chunk.last - chunk.first > 1 ? kInputBlock : m.Kp;
   const PanelKind& kind = down ? r.h_kind : r.x_kind;
+  const int parts = chunk.last - chunk.first;
+  const bool unpack = chunk.rows > kt.rows_direct && m.format != KTFX_FMT_F32 && m.format != KTFX_FMT_BF16;
+  const int step = unpack && kind.panel == kPanelF32 ? kInputBlock / 2 : parts > 1 ? kInputBlock : m.Kp;
+  const int64_t bits = input_bits(m.format) * kTile;
   for (int k = 0; k < m.Kp; k += step)
     for (int t = 0; t < tiles; ++t) {
+      const int end = std::min(k + step, m.Kp);
+      const uint8_t* tile = w + t * m.tile_bytes;
+      // Next: the next tile's inputs, else the first tile's next ones, else what the next task is likely to read.
+      const bool last_tile = t + 1 == tiles, last = last_tile && end == m.Kp;
+      const uint8_t* next = last ? w + tiles * m.tile_bytes : last_tile ? w : tile + m.tile_bytes;
+      const int from = last ? 0 : last_tile ? end : k;
+      Ahead ahead(next + from * bits / 8, parts > 1 ? std::min(step, m.Kp - from) * bits / 8 : 0, parts);
+      if (unpack) {
+        if (kind.panel == kPanelF32) kt.unpack_f32(&m, tile, k, end, scratch);
+        else
+          (kind.panel == kPanelI16 ? kt.unpack_i16 : kt.unpack_i8)(&m, tile, k, end, kind.block, scratch,
+                                                                   scratch + 256 * kTile);
+      }
       float* to = c + (int64_t)t * chunk.rows * kTile;
       for (int i = chunk.first; i < chunk.last; ++i) {
-        const RowBlock& b = blocks[i];
-        const Rows& in = down ? b.h : b.x;
-        TileArgs a;
-        a.w = w + t * m.tile_bytes;
-        a.m = &m;
-        a.x = in.q;
-        a.dx = in.dx;
-        a.sx = in.sx;
-        a.c = to;
-        a.k0 = k;
-        a.k1 = std::min(k + step, m.Kp);
-        a.block = kind.block;
-        a.first = k == 0;
-        tile_kernel(r, m, kind.panel, b.rows)(&a);
-        to += b.rows * kTile;
+        ahead.part();
+        multiply_rows(r, m, kind, tile, unpack ? scratch : nullptr, blocks[i], down ? blocks[i].h : blocks[i].x, k, end,
+                      to);
+        to += blocks[i].rows * kTile;
       }
     }
 }
@@ -648,6 +661,7 @@ int32_t ktfx_experts(ktfx_call* call) {
 }
 
 int32_t ktfx_amx_rows(void) { return ktfx::amx_rows(); }
+void ktfx_set_amx_rows(int32_t rows) { ktfx::amx_rows() = rows > 0 ? rows : 8; }
 int32_t ktfx_threads(void) { return ktfx::pool()->threads(); }
 int32_t ktfx_shares(void) { return ktfx::pool()->shares(); }
 

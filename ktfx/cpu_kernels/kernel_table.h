@@ -35,7 +35,7 @@ struct PanelArgs {
   const int32_t* sx;
   float* c;
   int32_t k0, k1, block;
-  bool first, wide;     // wide: bytes up to 24, not 15
+  bool first;
 };
 
 using TileFn = void (*)(const TileArgs*);
@@ -47,7 +47,7 @@ struct KernelTable {
   TileFn f32[4][kMaxRows + 1];       // by format F32..FP8, rows
   TileFn i16[4][3][kMaxRows + 1];    // by format INT8..MXFP4, scale dtype, rows
   TileFn i8[4][3][kMaxRows + 1];
-  PanelFn panel_i16[kMaxRows + 1], panel_i8[kMaxRows + 1];
+  PanelFn panel_i16[kMaxRows + 1], panel_i8[2][kMaxRows + 1];  // int8: wide or not, rows
   void (*unpack_f32)(const ktfx_matrix* m, const uint8_t* w, int32_t k0, int32_t k1, float* out);
   void (*unpack_i16)(const ktfx_matrix* m, const uint8_t* w, int32_t k0, int32_t k1, int block, void* out, float* scales);
   void (*unpack_i8)(const ktfx_matrix* m, const uint8_t* w, int32_t k0, int32_t k1, int block, void* out, float* scales);

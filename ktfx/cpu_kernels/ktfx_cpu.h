@@ -77,7 +77,8 @@ int32_t ktfx_abi(void);
 const char* ktfx_isa(void);              // the path in force
 const char* ktfx_isas(void);             // comma-separated, those this machine can run
 int32_t ktfx_set_isa(const char* name);  // 0, or KTFX_BAD_ARGUMENT where this machine cannot run it
-int32_t ktfx_amx_rows(void);             // rows of one expert from which the AMX path takes it
+int32_t ktfx_amx_rows(void);             // rows of one expert from which AMX takes it (KTFX_CPU_AMX_ROWS)
+void ktfx_set_amx_rows(int32_t rows);    // for measurements; 0 is the default
 int32_t ktfx_threads(void);
 int32_t ktfx_set_threads(int32_t threads, int32_t shares);  // 0: what the machine has; waits for running calls
 int32_t ktfx_shares(void);

@@ -70,6 +70,7 @@ _SIGNATURES: dict[str, tuple[object, list[object]]] = {
     "ktfx_isas": (c_char_p, []),
     "ktfx_set_isa": (c_int32, [c_char_p]),
     "ktfx_amx_rows": (c_int32, []),
+    "ktfx_set_amx_rows": (None, [c_int32]),
     "ktfx_threads": (c_int32, []),
     "ktfx_set_threads": (c_int32, [c_int32, c_int32]),
     "ktfx_shares": (c_int32, []),

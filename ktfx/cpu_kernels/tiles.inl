@@ -17,6 +17,14 @@
 // Sums live in arrays of vectors; every loop over one must unroll whole, or the array goes to memory.
 #define UNROLL _Pragma("GCC unroll 16")
 
+// Holds a sum in its register, at this point of the program: GCC otherwise hoists a tile's multiplications above its
+// additions, and the sums that then lack a register go to memory.
+#if KTFX_INT > 0
+#define HOLD(v) asm volatile("" : "+v"(v))
+#else
+#define HOLD(v)
+#endif
+
 #define KTFX_INLINE static inline __attribute__((always_inline))
 #define KTFX_MEMBER inline __attribute__((always_inline))
 
@@ -148,7 +156,10 @@ void float_tile(const TileArgs* a) {
         for (int r = 0; r < M; ++r) {
           const vf b = splat(x[(q * 4 + i) * M + r]);
           UNROLL
-          for (int t = 0; t < V; ++t) acc[i % U][r][t] += v[t] * b;
+          for (int t = 0; t < V; ++t) {
+            acc[i % U][r][t] += v[t] * b;
+            HOLD(acc[i % U][r][t]);
+          }
         }
       }
     }
@@ -338,7 +349,10 @@ void int16_tile(const TileArgs* a) {
         for (int r = 0; r < M; ++r) {
           const vi xs = splat(p[2 * r]);
           UNROLL
-          for (int t = 0; t < V; ++t) acc[r][t] = dot16(acc[r][t], v[t], xs);
+          for (int t = 0; t < V; ++t) {
+            acc[r][t] = dot16(acc[r][t], v[t], xs);
+            HOLD(acc[r][t]);
+          }
         }
       }
     }
@@ -385,8 +399,10 @@ void int8_tile(const TileArgs* a) {
 #if KTFX_INT == 2
             __m256i& sum = part[i % halves][r][t];
             sum = _mm256_add_epi16(sum, _mm256_maddubs_epi16((__m256i)v[t], (__m256i)b));
+            HOLD(sum);
 #else
             acc[r][t] = dot8(acc[r][t], v[t], b);
+            HOLD(acc[r][t]);
 #endif
           }
         }
@@ -517,7 +533,10 @@ void panel_i16(const PanelArgs* a) {
         for (int r = 0; r < M; ++r) {
           const vi xs = splat(x[q * M + 2 * r + i]);
           UNROLL
-          for (int t = 0; t < V; ++t) acc[r][t] = dot16(acc[r][t], v[t], xs);
+          for (int t = 0; t < V; ++t) {
+            acc[r][t] = dot16(acc[r][t], v[t], xs);
+            HOLD(acc[r][t]);
+          }
         }
       }
     UNROLL
@@ -533,7 +552,8 @@ void panel_i16(const PanelArgs* a) {
   }
 }
 
-template <int M>
+// Wide bytes go up to 24 (MXFP4), others to 15: with AVX2, 16-bit sums hold 16 inputs of the one and 32 of the other.
+template <int M, bool Wide>
 void panel_i8(const PanelArgs* a) {
   const int32_t* x = (const int32_t*)a->x;
   const float* scales = a->scales;
@@ -544,9 +564,9 @@ void panel_i8(const PanelArgs* a) {
     vi acc[M][V] = {};
     const int32_t end = k + kBlock8 < a->k1 ? k + kBlock8 : a->k1;
 #if KTFX_INT == 2
-    // 16-bit sums overflow after eight products of 2 * 15 * 127, or after five of MXFP4's 2 * 24 * 127.
-    const int32_t most = a->wide ? 16 : 32;
-    for (int32_t from = k; from < end; from += most) {
+    constexpr int32_t most = Wide ? 16 : 32;
+    UNROLL
+    for (int32_t from = k; from < k + kBlock8; from += most) {
       const int32_t to = from + most < end ? from + most : end;
       __m256i part[M][V];
       UNROLL
@@ -561,7 +581,10 @@ void panel_i8(const PanelArgs* a) {
         for (int r = 0; r < M; ++r) {
           const __m256i xs = _mm256_set1_epi32(x[q * M + r]);
           UNROLL
-          for (int t = 0; t < V; ++t) part[r][t] = _mm256_add_epi16(part[r][t], _mm256_maddubs_epi16(v[t], xs));
+          for (int t = 0; t < V; ++t) {
+            part[r][t] = _mm256_add_epi16(part[r][t], _mm256_maddubs_epi16(v[t], xs));
+            HOLD(part[r][t]);
+          }
         }
       }
       UNROLL
@@ -578,7 +601,10 @@ void panel_i8(const PanelArgs* a) {
       for (int r = 0; r < M; ++r) {
         const vi xs = splat(x[q * M + r]);
         UNROLL
-        for (int t = 0; t < V; ++t) acc[r][t] = dot8(acc[r][t], v[t], xs);
+        for (int t = 0; t < V; ++t) {
+          acc[r][t] = dot8(acc[r][t], v[t], xs);
+          HOLD(acc[r][t]);
+        }
       }
     }
 #endif
@@ -1000,7 +1026,8 @@ struct Fill {
       t.f32[2][M] = float_tile<KTFX_FMT_F16, M>;
       t.f32[3][M] = float_tile<KTFX_FMT_FP8, M>;
       t.panel_i16[M] = panel_i16<M>;
-      t.panel_i8[M] = panel_i8<M>;
+      t.panel_i8[0][M] = panel_i8<M, false>;
+      t.panel_i8[1][M] = panel_i8<M, true>;
       if constexpr (M <= kRowsInteger) {
         t.i16[0][0][M] = int16_tile<KTFX_FMT_INT8, KTFX_F32, M>;
         t.i16[1][0][M] = int16_tile<KTFX_FMT_INT4, KTFX_F32, M>;
