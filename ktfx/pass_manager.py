@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import fx
+from torch.fx._lazy_graph_module import _make_graph_module, _use_lazy_graph_module
 
 from ktfx.errors import KtfxError, Origin, PassError, RuleError
 from ktfx.graph import info, op_name, output_node, placeholders
@@ -314,7 +315,9 @@ def _copy(gm: fx.GraphModule) -> fx.GraphModule:
     env: dict[fx.Node, fx.Node] = {}
     output = graph.graph_copy(gm.graph, env)
     graph.output(output)
-    return fx.GraphModule(gm, graph)
+    # Lazily: a copy that is only read or interpreted never needs its Python code, which takes longer than the copy.
+    with _use_lazy_graph_module(True):
+        return _make_graph_module(gm, graph)
 
 
 def _count_ops(graph: fx.Graph) -> Counter[str]:

@@ -22,10 +22,12 @@ from typing import Annotated
 import typer
 
 from ktfx.cli import common
+from ktfx.cli.bisect import bisect
 from ktfx.cli.diff import diff
 from ktfx.cli.doctor import doctor
 from ktfx.cli.explain import explain
 from ktfx.cli.lint import lint
+from ktfx.cli.numerics import numerics
 from ktfx.cli.passes import passes
 from ktfx.cli.pipeline import pipeline
 from ktfx.cli.resolve import resolve
@@ -48,7 +50,7 @@ app = typer.Typer(
 )
 for command in (run, explain, resolve, lint, rules, doctor):
     app.command()(command)
-for command in (passes, pipeline, trace, diff, view):
+for command in (passes, pipeline, trace, diff, view, bisect, numerics):
     app.command(rich_help_panel="Seeing what the passes do")(command)
 
 

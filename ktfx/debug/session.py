@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import contextlib
+import io
+import os
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -146,6 +149,32 @@ def run(setup: Setup, model: nn.Module | None = None) -> Session:
     if setup.timeline:
         _time(session, ids)
     return session
+
+
+def run_unrewritten(setup: Setup, model: nn.Module | None = None) -> Session:
+    """``run`` with every optional pass off: it captures the graph and its inputs even where a pass would fail."""
+    limits = {"KTFX_BISECT_PASSES": "0", "KTFX_BISECT_LIMIT": None}
+    with environment(limits), contextlib.redirect_stdout(io.StringIO()):
+        return run(setup, model)
+
+
+@contextlib.contextmanager
+def environment(variables: Mapping[str, str | None]) -> Iterator[None]:
+    """These variables for the length of a block; None takes one away."""
+    before = {name: os.environ.get(name) for name in variables}
+
+    def put(values: Mapping[str, str | None]) -> None:
+        for name, value in values.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
+
+    put(variables)
+    try:
+        yield
+    finally:
+        put(before)
 
 
 def prompt(model: nn.Module, setup: Setup) -> torch.Tensor:

@@ -1,0 +1,108 @@
+"""``ktfx bisect``: down to the one rewrite that makes the result wrong."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from typing import Annotated, Any
+
+import typer
+
+from ktfx.cli.common import Debug, Json, guarded, print_json, stderr, stdout
+from ktfx.cli.debug_options import Dtype, Layers, ModelArgument, Phase, RulesOption, Seed, Simulate, Tiny, Tokens
+from ktfx.cli.numerics import Tolerance
+
+
+@guarded
+def bisect(
+    model: ModelArgument = None,
+    rules: RulesOption = None,
+    command: Annotated[
+        str | None,
+        typer.Option(
+            "--command", "-c", metavar="COMMAND", help="Judge by this command's exit code instead of the numbers."
+        ),
+    ] = None,
+    simulate: Simulate = None,
+    tolerance: Tolerance = None,
+    timeout: Annotated[
+        float | None, typer.Option("--timeout", help="Seconds a command may take; more is a failure.")
+    ] = None,
+    phase: Phase = "prefill",
+    tokens: Tokens = 8,
+    layers: Layers = None,
+    tiny: Tiny = False,
+    dtype: Dtype = None,
+    seed: Seed = 0,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Find the one rewrite that makes a command fail, or the numbers differ from eager's, in about log2(n) runs."""
+    from ktfx.debug.bisect import bisect as search
+    from ktfx.debug.bisect import command_oracle, numerics_oracle
+    from ktfx.debug.replay import Replay
+    from ktfx.debug.session import Setup, environment, run_unrewritten
+    from ktfx.errors import OptionError
+
+    def progress(probe: Any) -> None:
+        limit = "all" if probe.limit is None else probe.limit
+        passes = "all" if probe.passes is None else probe.passes
+        word = "[green]good[/green]" if probe.good else "[red]bad[/red]"
+        stderr().print(f"rewrites {limit}, passes {passes}: {word}  {probe.why}  ({probe.seconds:.1f} s)")
+
+    with environment({"KTFX_BISECT_LIMIT": None, "KTFX_BISECT_PASSES": None}):
+        if command is not None:
+            found = search(command_oracle(shlex.split(command), timeout), progress)
+            return _answer(found, command, as_json, {})
+        session = run_unrewritten(Setup(model, rules, simulate, layers, tiny, dtype, tokens, phase, seed=seed))
+        good: list[str] = []
+        for graph in session.graphs:
+            oracle, _ = numerics_oracle(Replay.of(session.state, graph), tolerance)
+            try:
+                found = search(oracle, progress)
+            except OptionError as error:
+                good.append(f"{graph.phase}: {error.what}")
+                continue
+            again = shlex.join(["ktfx", "numerics", *_without_command(sys.argv[2:])])
+            return _answer(found, again, as_json, {"phase": graph.phase})
+    raise OptionError("; ".join(good), expected="an error above the tolerance", mend="lower --tolerance")
+
+
+def _without_command(arguments: list[str]) -> list[str]:
+    return [a for a in arguments if a not in ("--json", "--debug")]
+
+
+def _answer(found: Any, command: str, as_json: bool, more: dict[str, Any]) -> None:
+    before = found.variables_before
+    bad = " ".join(f"{k}={v}" for k, v in found.variables.items()) + " " + command
+    good = (" ".join(f"{k}={v}" for k, v in before.items()) + " " + command) if before else None
+    if as_json:
+        return print_json(
+            {
+                **more,
+                "rewrite": found.number,
+                "what": found.what,
+                "pass": found.pass_name,
+                "pass_number": found.pass_number,
+                "rewrites": found.total,
+                "runs": len(found.probes),
+                "seconds": sum(p.seconds for p in found.probes),
+                "reproduce": bad,
+                "last_good": good,
+                "probes": [vars(p) for p in found.probes],
+            }
+        )
+    console = stdout()
+    if found.number is not None:
+        console.print(f"[bold]rewrite {found.number} of {found.total}[/bold]: {found.what}", soft_wrap=True)
+    elif found.pass_number is not None:
+        console.print(
+            f"[bold]pass {found.pass_number}, {found.pass_name}[/bold]: it counts no rewrite that could be left out"
+        )
+    else:
+        console.print("[bold]wrong with every optional pass off[/bold]: " + found.what, soft_wrap=True)
+    console.print(f"{len(found.probes)} runs, {sum(p.seconds for p in found.probes):.1f} s")
+    console.print(f"bad:  {bad}", soft_wrap=True, markup=False)
+    if good:
+        console.print(f"good: {good}", soft_wrap=True, markup=False)
+    return None

@@ -1,0 +1,135 @@
+"""The passes again on a captured graph, and its graphs on the first call's inputs: no model code, no Dynamo."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import fx
+
+from ktfx.debug.inputs import packed_values
+from ktfx.errors import KtfxError, OptionError
+from ktfx.graph import placeholders
+from ktfx.pass_manager import Pass, PassContext, PassRecord, _copy, build_pipeline, run_pipeline
+from ktfx.state import GraphReport, ModelState
+from ktfx.verify import TOLERANCE, _dequantised_weights, _slack
+
+
+@dataclass
+class Replay:
+    """A graph as it was captured, and what its passes need.
+
+    values: the first call's arguments by placeholder name. captured: copied for every run, for passes edit it.
+    """
+
+    state: ModelState
+    report: GraphReport
+    values: Mapping[str, Any]
+
+    @staticmethod
+    def of(state: ModelState, report: GraphReport) -> Replay:
+        if report.context is None or report.inputs is None or not report.records:
+            raise OptionError(
+                "this graph was compiled without its record, or never called",
+                mend="compile with options={'keep_graphs': True} and call the model once",
+            )
+        return Replay(state, report, report.inputs)
+
+    @property
+    def captured_graph(self) -> fx.GraphModule:
+        gm = self.report.records[0].graph_before
+        assert gm is not None
+        return gm
+
+    def context(self) -> PassContext:
+        """A fresh context over a copy of the captured graph."""
+        old = self.report.context
+        assert old is not None
+        gm = _copy(self.captured_graph)
+        names = {n.name for n in placeholders(gm.graph)}
+        inputs = {n: e for n, e in old.captured.inputs.items() if n in names}
+        captured = replace(old.captured, gm=gm, inputs=inputs, writes=list(old.captured.writes))
+        return PassContext(captured, old.resolution, old.devices, old.logical_name)
+
+    def run(
+        self,
+        *,
+        limit: int | None = None,
+        passes: int | None = None,
+        pipeline: list[Pass] | None = None,
+        after_pass: Callable[[PassRecord], None] | None = None,
+        keep_graphs: bool = True,
+    ) -> Replayed:
+        """The passes once more, stopped after ``limit`` rewrites or ``passes`` optional passes.
+
+        Raises PassFailure if a pass fails; ``after_pass`` has then seen the passes before it.
+        """
+        context = self.context()
+        context.bisect_limit, context.pass_limit = limit, passes
+        log = io.StringIO()
+        try:
+            with torch.no_grad(), contextlib.redirect_stdout(log):
+                records = run_pipeline(
+                    pipeline if pipeline is not None else build_pipeline(self.state.ruleset.passes),
+                    context.captured.gm,
+                    context,
+                    keep_graphs=keep_graphs,
+                    after_pass=after_pass,
+                )
+        except KtfxError as error:
+            raise PassFailure(error, context, log.getvalue()) from error
+        return Replayed(context, records, log.getvalue())
+
+    def arguments(self, gm: fx.GraphModule, context: PassContext, substitutes: Mapping[str, Any]) -> list[Any]:
+        """The values of a graph's placeholders. substitutes: parameter name → what stands for it."""
+        packed = packed_values(context, self.state.store)
+        found = []
+        for node in placeholders(gm.graph):
+            entry = context.captured.inputs[node.name]
+            if entry.kind == "packed":
+                found.append(packed[node.name])
+            elif entry.name in substitutes:
+                found.append(substitutes[entry.name])
+            else:
+                found.append(self.values[node.name])
+        return found
+
+    def dequantised(self, context: PassContext) -> dict[str, torch.Tensor]:
+        """For quantised kernels, the weights they really compute with, as the model would hold them."""
+        return _dequantised_weights(context, self.state.store)
+
+
+class PassFailure(Exception):
+    """A pass failed in a replay. error: what it raised. log: as in ``Replayed``."""
+
+    def __init__(self, error: KtfxError, context: PassContext, log: str) -> None:
+        super().__init__(str(error))
+        self.error, self.context, self.log = error, context, log
+
+
+@dataclass
+class Replayed:
+    """One run of the passes. log: the lines about what ran, as ``KTFX_BISECT_LIMIT`` prints them."""
+
+    context: PassContext
+    records: list[PassRecord]
+    log: str
+
+    @property
+    def final(self) -> fx.GraphModule:
+        return self.context.captured.gm
+
+    @property
+    def count(self) -> int:
+        """How many rewrites were counted, run or not."""
+        return self.context._count
+
+
+def tolerance_for(values: Any, context: PassContext) -> float:
+    """The largest error that rounding explains, by the coarsest floating dtype among the values."""
+    dtypes = [v.dtype for v in values if isinstance(v, torch.Tensor) and v.dtype in TOLERANCE]
+    return max([*(TOLERANCE[d] for d in dtypes), _slack(context)], default=1e-4)
