@@ -198,19 +198,26 @@ class FusionPass(Pass):
         )
 
     def _report(self, graph: fx.Graph, context: PassContext, seen: _Seen) -> None:
-        """A miss for each module of the roles that has nodes where the pass works and kept them all."""
-        done = {m for path in seen.rewritten if (m := role_module(path, self.roles, context)) is not None}
+        """A miss for each innermost module of the roles that has nodes where the pass works and kept them all."""
         expected: dict[str, None] = {}
         for node in graph.nodes:
             if node.op == "call_function" and self._applies(node, context):
                 module = role_module(info(node).module, self.roles, context)
-                if module is not None and module not in done:
+                if module is not None:
                     expected[module] = None
-        for module in expected:
+        inner = {module.rpartition(".")[0] for module in expected}
+        done = {around for path in seen.rewritten for around in _ancestors(path)}
+        for module in [m for m in expected if m not in done and m not in inner]:
             inside = [f for path, f in seen.failures.items() if path == module or path.startswith(module + ".")]
             nearest = max(inside, key=lambda f: f.matched, default=None)
             why = f"nearest at {nearest.root.name}: {nearest.text}" if nearest else "nothing in it looks like one"
             context.miss(module, f"{self.name}: {why}")
+
+
+def _ancestors(path: str) -> list[str]:
+    """The path and the modules around it."""
+    parts = path.split(".")
+    return [".".join(parts[:n]) for n in range(len(parts), 0, -1)]
 
 
 def role_module(path: str, roles: tuple[str, ...], context: PassContext) -> str | None:

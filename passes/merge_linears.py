@@ -106,15 +106,7 @@ class MergeLinears(Pass):
             parts = [insert_call(graph, operator.getitem, (split, i), like=call) for i in range(len(layers))]
         for layer, part in zip(layers, parts, strict=True):
             layer.node.replace_all_uses_with(part)
-        try:
-            refresh_values(parts)
-        except (RuntimeError, ValueError):
-            # A view over rows and columns at once needs each part by itself.
-            with graph.inserting_after(parts[-1]):
-                whole = [insert_call(graph, torch.ops.aten.contiguous.default, (part,), like=part) for part in parts]
-            for part, copy in zip(parts, whole, strict=True):
-                part.replace_all_uses_with(copy, lambda user, copy=copy: user is not copy)  # type: ignore[misc]
-            refresh_values(whole)
+        refresh_values(parts)
         names = tuple(layer.node.name for layer in layers)
         for layer in layers:
             graph.erase_node(layer.node)

@@ -46,6 +46,11 @@ class GemmaRMSNorm(Norm):
         return (self.unit(x.float()) * (1.0 + self.weight.float())).type_as(x)
 
 
+class WholeRMSNorm(Norm):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.rms_norm(x, (8,), self.weight, self.eps)
+
+
 class ScalelessRMSNorm(Norm):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.unit(x.float()).type_as(x)
@@ -85,7 +90,13 @@ def run(kind: type[Norm], dtype: torch.dtype = torch.float32, rules: dict[str, A
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 @pytest.mark.parametrize(
     ("kind", "name"),
-    [(LlamaRMSNorm, "llama"), (LateRMSNorm, "late"), (LateCastRMSNorm, "late"), (GemmaRMSNorm, "gemma")],
+    [
+        (LlamaRMSNorm, "llama"),
+        (LateRMSNorm, "late"),
+        (LateCastRMSNorm, "late"),
+        (WholeRMSNorm, "late"),
+        (GemmaRMSNorm, "gemma"),
+    ],
 )
 def test_kinds(kind: type[Norm], name: str, dtype: torch.dtype) -> None:
     done = run(kind, dtype)

@@ -98,6 +98,26 @@ def test_rotation_of_interleaved_pairs() -> None:
     assert {n.args[3] for n in done.after.graph.nodes if "rope" in str(n.target)} == {"split"}
 
 
+def test_strides_reach_what_reads_them() -> None:
+    """The op's result lies head by head; what attention makes of it can no longer be viewed token by token."""
+
+    class Attended(Attention):
+        def forward(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+            batch, length, _ = x.shape
+            q, k = (self.qk(x)[..., :16].view(batch, length, 2, 8).transpose(1, 2) for _ in range(2))
+            q, k = self.apply_rope(q, k, cos, sin)
+            out = torch.nn.functional.scaled_dot_product_attention(q, k, k)
+            return out.transpose(1, 2).view(batch, length, 16)
+
+    model = Model(llama_rope)
+    model.layers[0]["self_attn"] = Attended(llama_rope)
+    done = run(model)
+    assert done.ops["ktfx.rope.default"] == 2
+    assert all(
+        n.meta["val"].is_contiguous() for n in done.after.graph.nodes if n.op == "call_function" and "rope" in n.name
+    )
+
+
 def test_symbolic_length() -> None:
     assert run(Model(llama_rope), dynamic_dims=(1,)).ops["ktfx.rope.default"] == 2
 

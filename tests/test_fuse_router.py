@@ -81,6 +81,7 @@ def test_routers(case: str) -> None:
     assert done.ops["ktfx.route.default"] == 1 and done.ops["aten.topk.default"] == 0
     call = next(n for n in done.after.graph.nodes if "ktfx.route" in str(n.target))
     assert call.args[2] == 3
+    assert not done.context.misses
 
 
 def test_in_bfloat16() -> None:
