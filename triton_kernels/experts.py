@@ -26,6 +26,7 @@ from ktfx.triton_kernels.grouping import group_pairs
 from ktfx.triton_kernels.launch import cdiv, on_its_device, pow2
 from ktfx.triton_kernels.matmul import (
     StoredWeight,
+    accumulator,
     load_inputs,
     multiply_rows,
     multiply_tile,
@@ -34,6 +35,7 @@ from ktfx.triton_kernels.matmul import (
 )
 
 from ktfx.ops.experts import ExpertsSpec
+from ktfx.tuning import bucket, remembered
 
 
 @triton.jit
@@ -42,6 +44,7 @@ def _pairs_up_kernel(
     E, H, inter, ldw, lds, alpha, limit,
     TOPK: tl.constexpr, L: tl.constexpr, FMT: tl.constexpr, G: tl.constexpr, ACT: tl.constexpr, GATE: tl.constexpr,
     BIAS: tl.constexpr, NATIVE: tl.constexpr, R: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr,
+    WORDS: tl.constexpr,
 ):  # fmt: skip
     s = tl.program_id(1)
     e = tl.load(ids_ptr + s).to(tl.int64)
@@ -51,9 +54,11 @@ def _pairs_up_kernel(
     ok = (tl.zeros_like(n) + i[None, :] < inter) & (tl.zeros_like(n) + e >= 0) & (tl.zeros_like(n) + e < E)
     row, srow = e * (L * inter) + n, scale_row(e, n, L * inter, FMT)
     xrow = tl.zeros((1,), tl.int64) + (s // TOPK).to(tl.int64) * H
-    acc = tl.zeros((L, R, BK if FMT == "model" or FMT == "int8" else BK // G), tl.float32)
+    acc = accumulator(L, R, FMT, G, BK, WORDS)
     for k0 in tl.range(0, H, BK, num_stages=STAGES):
-        acc = multiply_rows(acc, w_ptr, s_ptr, z_ptr, row, srow, ok, x_ptr, xrow, k0, H, ldw, lds, FMT, G, BK, NATIVE)
+        acc = multiply_rows(
+            acc, w_ptr, s_ptr, z_ptr, row, srow, ok, x_ptr, xrow, k0, H, ldw, lds, FMT, G, BK, NATIVE, WORDS
+        )
     y = tl.sum(acc, 2)
     if FMT == "int8":
         y *= tl.load(s_ptr + srow, mask=ok, other=0.0)
@@ -73,6 +78,7 @@ def _pairs_down_kernel(
     E, H, inter, ldw, lds,
     TOPK: tl.constexpr, KP: tl.constexpr, FMT: tl.constexpr, G: tl.constexpr, BIAS: tl.constexpr, NATIVE: tl.constexpr,
     R: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr,
+    WORDS: tl.constexpr,
 ):  # fmt: skip
     t = tl.program_id(1)
     k = tl.arange(0, KP)
@@ -83,10 +89,10 @@ def _pairs_down_kernel(
     ok = valid[:, None] & (n < H)[None, :]
     row, srow = e[:, None] * H + n[None, :], scale_row(e[:, None], n[None, :], H, FMT)
     xrow = (t * TOPK + tl.where(valid, k, 0)).to(tl.int64) * inter
-    acc = tl.zeros((KP, R, BK if FMT == "model" or FMT == "int8" else BK // G), tl.float32)
+    acc = accumulator(KP, R, FMT, G, BK, WORDS)
     for i0 in tl.range(0, inter, BK, num_stages=STAGES):
         acc = multiply_rows(
-            acc, w_ptr, s_ptr, z_ptr, row, srow, ok, h_ptr, xrow, i0, inter, ldw, lds, FMT, G, BK, NATIVE
+            acc, w_ptr, s_ptr, z_ptr, row, srow, ok, h_ptr, xrow, i0, inter, ldw, lds, FMT, G, BK, NATIVE, WORDS
         )
     y = tl.sum(acc, 2)
     if FMT == "int8":
@@ -223,6 +229,11 @@ TilesPair = tuple[TilesConfig, TilesConfig]
 
 def pairs_config(weight: StoredWeight, K: int, leading: int) -> PairsConfig:
     """leading: how many weight rows each of the R rows stands for (2 for gate and up, K chosen for down)."""
+    if weight.nibbles or weight.fmt == "int8":
+        # One warp a program: each thread then holds all rows of its part of k, and unpacks the inputs once for them.
+        return PairsConfig(
+            R=4 if leading <= 4 else 2, BK=(1024 if weight.nibbles else 512) // (1 if leading <= 2 else 2), num_warps=1
+        )
     BK = min(1024 if weight.nibbles else 512, max(pow2(K), 16))
     if weight.grouped:
         BK = max(BK, weight.group)
@@ -235,9 +246,8 @@ def tiles_config(weight: StoredWeight, K: int, rows_an_expert: float, itemsize: 
     if weight.grouped:
         BK = weight.group if weight.group in (32, 64) else 64
     small = BM <= 32
-    # Quantised weights are the left operand in registers: each warpgroup then needs 64 rows of its own.
-    BN = 64 if small or weight.fmt == "model" else 128
-    return TilesConfig(BM, BN, BK, 8, 4 if small else 8, 4 if small else 3)
+    # Each of two warpgroups then has 64 weight rows of its own, by BM pairs.
+    return TilesConfig(BM, 64 if small else 128, BK, 8, 4 if small else 8, 4 if small else 3)
 
 
 def weight_of(spec: ExpertsSpec, packed: Sequence[torch.Tensor], which: int) -> StoredWeight:
@@ -268,11 +278,33 @@ def default_configs(
     return tiles_choice(spec, packed, T * K / min(T * K, E or spec.num_experts), itemsize)
 
 
+def tuning_key(spec: ExpertsSpec, T: int, K: int, pairs: bool, dtype: torch.dtype) -> str:
+    """The line under which ``ktfx.tuning`` keeps what a sweep found for such a call."""
+    shape = f"E{spec.num_experts} H{spec.hidden} I{spec.intermediate} K{K} {spec.gate}"
+    return f"experts {'pairs' if pairs else 'tiles'} {spec.weights} {shape} T{bucket(T)} {str(dtype)[6:]}"
+
+
+def tuned_configs(
+    spec: ExpertsSpec, packed: Sequence[torch.Tensor], T: int, K: int, pairs: bool, x: torch.Tensor
+) -> PairsPair | TilesPair | None:
+    """What a sweep remembered for such a call, if one ran on this kind of GPU and it still fits the weights."""
+    found = remembered(tuning_key(spec, T, K, pairs, x.dtype), x.device)
+    if found is None or len(found) != 2:
+        return None
+    kind = PairsConfig if pairs else TilesConfig
+    try:
+        first, second = (kind(**one) for one in found)
+    except TypeError:  # written by a version with other fields
+        return None
+    good = all(fits(c, weight_of(spec, packed, i), first) for i, c in enumerate((first, second)))
+    return (first, second) if good else None  # type: ignore[return-value]
+
+
 PAIRS_CANDIDATES = [
     PairsConfig(R, BK, warps, stages)
     for R in (1, 2, 4, 8)
-    for BK in (256, 512, 1024)
-    for warps, stages in ((4, 1), (8, 1), (4, 3))
+    for BK in (256, 512, 1024, 2048)
+    for warps, stages in ((1, 1), (2, 1), (4, 1))
 ]
 TILES_CANDIDATES = [
     TilesConfig(BM, BN, BK, 8, warps, stages)
@@ -327,7 +359,8 @@ def routed_experts(
     biases = packed[-2:] if spec.has_bias else (up.data, down.data)
     x, ids, weights = x_TH.contiguous(), ids_TK.contiguous(), weights_TK.contiguous()
     use_pairs = prefer_pairs(T, spec.num_experts, K) if pairs is None else pairs
-    chosen = configs or default_configs(spec, packed, T, K, use_pairs, itemsize=x.element_size())
+    chosen = configs or tuned_configs(spec, packed, T, K, use_pairs, x)
+    chosen = chosen or default_configs(spec, packed, T, K, use_pairs, itemsize=x.element_size())
     run = _run_pairs if use_pairs else _run_tiles
     run(spec, x, ids, weights, up, down, biases, out, *chosen)
     return out
@@ -344,12 +377,14 @@ def _run_pairs(
         x, ids, up.data, up.scales, up.zeros, biases[0], h,
         E, H, inter, up.ldw, up.lds, spec.alpha, spec.limit,
         TOPK=K, L=L, ACT=spec.activation, GATE=spec.gate, R=first.R, BK=first.BK, STAGES=first.STAGES,
+        WORDS=up.words(x, H, first.BK),
         num_warps=first.num_warps, BIAS=spec.has_bias, **up.constants(),
     )  # fmt: skip
     _pairs_down_kernel[(cdiv(H, second.R), T)](
         h, ids, weights, down.data, down.scales, down.zeros, biases[1], out,
         E, H, inter, down.ldw, down.lds,
         TOPK=K, KP=pow2(K), R=second.R, BK=second.BK, STAGES=second.STAGES,
+        WORDS=down.words(h, inter, second.BK),
         num_warps=second.num_warps, BIAS=spec.has_bias, **down.constants(),
     )  # fmt: skip
 

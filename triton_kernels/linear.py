@@ -13,24 +13,34 @@ import torch
 import triton
 import triton.language as tl
 from ktfx.triton_kernels.dequant import narrow
-from ktfx.triton_kernels.launch import cdiv, on_its_device, pow2, sm_count
-from ktfx.triton_kernels.matmul import StoredWeight, load_inputs, multiply_rows, multiply_tile, scale_row, stored_weight
+from ktfx.triton_kernels.launch import cdiv, interpreted, on_its_device, pow2, sm_count
+from ktfx.triton_kernels.matmul import (
+    StoredWeight,
+    accumulator,
+    load_inputs,
+    multiply_rows,
+    multiply_tile,
+    scale_row,
+    stored_weight,
+)
 
 
 @triton.jit
 def _rows_kernel(
     x_ptr, w_ptr, s_ptr, z_ptr, b_ptr, y_ptr, N, K, ldx, ldw, lds,
     FMT: tl.constexpr, G: tl.constexpr, BIAS: tl.constexpr, NATIVE: tl.constexpr,
-    R: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr,
+    R: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr, WORDS: tl.constexpr,
 ):  # fmt: skip
     m = tl.program_id(1)
     n = tl.program_id(0) * R + tl.arange(0, R)
     row, ok = n[None, :].to(tl.int64), (n < N)[None, :]
     srow = scale_row(tl.zeros((1, 1), tl.int64), row, N, FMT)
     xrow = tl.zeros((1,), tl.int64) + m.to(tl.int64) * ldx
-    acc = tl.zeros((1, R, BK if FMT == "model" or FMT == "int8" else BK // G), tl.float32)
+    acc = accumulator(1, R, FMT, G, BK, WORDS)
     for k0 in tl.range(0, K, BK, num_stages=STAGES):
-        acc = multiply_rows(acc, w_ptr, s_ptr, z_ptr, row, srow, ok, x_ptr, xrow, k0, K, ldw, lds, FMT, G, BK, NATIVE)
+        acc = multiply_rows(
+            acc, w_ptr, s_ptr, z_ptr, row, srow, ok, x_ptr, xrow, k0, K, ldw, lds, FMT, G, BK, NATIVE, WORDS
+        )
     y = tl.sum(tl.sum(acc, 2), 0)
     if FMT == "int8":
         y *= tl.load(s_ptr + n, mask=n < N, other=0.0)
@@ -100,17 +110,20 @@ class LinearConfig:
 
 def linear_config(weight: StoredWeight, M: int, N: int, K: int, itemsize: int) -> LinearConfig:
     """A choice by shape alone; ``ktfx.tuning`` may know a better one."""
+    if M <= 2 and (weight.nibbles or weight.fmt == "int8") and itemsize == 2:
+        # One warp a program: each thread then holds all R rows of its part of k, and unpacks the inputs once for them.
+        return LinearConfig(True, R=8, BK=1024 if weight.nibbles else 512, num_warps=1, num_stages=1)
     if M <= 2:
         BK = min(1024 if weight.nibbles else 512, max(pow2(K), 16))
         return LinearConfig(True, R=4, BK=max(BK, weight.group), num_stages=1)
     BM = 16 if M <= 16 else 32 if M <= 32 else 64 if M <= 64 else 128
     small = BM <= 32
-    BN = 64 if small or weight.fmt == "model" else 128
+    BN = 64 if small else 128
     BK = weight.group if weight.nibbles and weight.group < 128 else 64 if itemsize == 2 else 32
     tiles = cdiv(M, BM) * cdiv(N, BN)
     # Two programs a multiprocessor keep the memory busy; no part shorter than 256.
     split = max(1, min(2 * sm_count(weight.data.device) // tiles, K // 256, 16)) if BM <= 64 else 1
-    warps, stages = (4, 4) if small else (8, 3)
+    warps, stages = (4, 4) if small else (8, 4 if weight.fmt == "model" else 3)
     return LinearConfig(False, BM=BM, BN=BN, BK=BK, SPLIT=split, num_warps=warps, num_stages=stages)
 
 
@@ -134,13 +147,17 @@ def linear(
     if M == 0:
         return y
     weight = stored_weight(weights, tensors)
+    if weight.fmt == "model" and M > 2 and config is None and not interpreted():
+        # A plain weight leaves nothing to fuse: the vendor's matmul is as fast for few rows, and faster for many.
+        plain = torch.nn.functional.linear(flat, weight.data.to(x.dtype), None if bias is None else bias.to(x.dtype))
+        return y.view(M, N).copy_(plain).view_as(y) if out is not None else plain.view(y.shape)
     c = config or linear_config(weight, M, N, K, x.element_size())
     b = weight.data if bias is None else bias
     shared = {"BIAS": bias is not None, **weight.constants()}
     if c.rows:
         _rows_kernel[(cdiv(N, c.R), M)](
             flat, weight.data, weight.scales, weight.zeros, b, y, N, K, flat.stride(0), weight.ldw, weight.lds,
-            R=c.R, BK=c.BK, STAGES=c.num_stages, num_warps=c.num_warps, **shared,
+            R=c.R, BK=c.BK, STAGES=c.num_stages, WORDS=weight.words(flat, K, c.BK), num_warps=c.num_warps, **shared,
         )  # fmt: skip
         return y
     span = cdiv(cdiv(K, c.SPLIT), max(c.BK, weight.group)) * max(c.BK, weight.group)  # parts begin at whole groups

@@ -5,7 +5,8 @@
 Worker processes first check every case at few experts, which also fills Triton's disk cache, so that kernels compile
 in parallel; then this process alone times the cases, as replays of one CUDA graph that walks through enough different
 weights that L2 does not help. A case that fails is printed and the rest goes on. The table goes to standard output, all
-numbers to DIR/kernels.json.
+numbers to DIR/kernels.json. With --tune it sweeps configurations of the experts instead and
+writes the fastest to DIR/tuned_hopper.json, which is to be copied to triton_kernels/.
 """
 
 from __future__ import annotations
@@ -41,10 +42,12 @@ from ktfx.ops.linear import LinearSpec, linear_kernel
 from ktfx.ops.norms import rms_norm_reference
 from ktfx.ops.rope import rope_reference
 from ktfx.ops.router import route_reference
+from ktfx.tuning import SHIPPED, remember
 
 DEVICE = torch.device("cuda")
 BF16 = torch.bfloat16
 TOLERANCE = 1.5e-2
+TUNED_TABLE: Path | None = None  # where a sweep writes; set by main
 
 
 @dataclass
@@ -170,7 +173,7 @@ EXPERTS = {
     "gpt-oss-20b": ["model", "mxfp4", "int4"],
     "dsv3": ["fp8", "int4"],
 }
-TOKENS = [1, 4, 16, 64, 4096]
+TOKENS = [1, 16, 4096]
 
 
 def experts_packed(spec: ExpertsSpec) -> list[torch.Tensor]:
@@ -195,16 +198,21 @@ def routing(T: int, spec: ExpertsSpec, K: int, calls: int) -> list[tuple[torch.T
 
 
 def experts_exact(
-    spec: ExpertsSpec, x: torch.Tensor, ids: torch.Tensor, w: torch.Tensor, packed: list[torch.Tensor]
+    spec: ExpertsSpec,
+    x: torch.Tensor,
+    ids: torch.Tensor,
+    w: torch.Tensor,
+    packed: list[torch.Tensor],
+    dtype: torch.dtype = BF16,
 ) -> torch.Tensor:
     many = (len(packed) - 2 * spec.has_bias) // 2
     rows = spec.intermediate * (1 if spec.gate == "none" else 2)
     out = torch.zeros(x.shape, dtype=torch.float64, device=x.device)
     for e in ids.unique().tolist():
         token, slot = torch.where(ids == e)
-        up = dequantize(from_tensors(spec.weights, (rows, spec.hidden), [t[e] for t in packed[:many]]), BF16).double()
+        up = dequantize(from_tensors(spec.weights, (rows, spec.hidden), [t[e] for t in packed[:many]]), dtype).double()
         down = dequantize(
-            from_tensors(spec.weights, (spec.hidden, spec.intermediate), [t[e] for t in packed[many : 2 * many]]), BF16
+            from_tensors(spec.weights, (spec.hidden, spec.intermediate), [t[e] for t in packed[many : 2 * many]]), dtype
         ).double()
         y = x[token].double() @ up.t()
         y = apply_gate(spec, y + packed[-2][e].double() if spec.has_bias else y) @ down.t()
@@ -314,6 +322,7 @@ LINEARS = {
 }
 LINEAR_FORMATS = ["model", "int4", "int8", "fp8"]
 LINEAR_ROWS = [1, 4, 16, 64, 4096]
+TIMED_LINEARS = ("qkv 5120x2048", "dsv3 o 7168x16384")
 
 
 def linear_packed(spec: LinearSpec) -> list[torch.Tensor]:
@@ -336,20 +345,46 @@ def check_linear(weights: str) -> list[Row]:
 
 def time_linear(weights: str) -> list[Row]:
     rows = []
-    for name, (N, K) in LINEARS.items():
+    for name in TIMED_LINEARS:
+        N, K = LINEARS[name]
         spec = LinearSpec(K, N, weights)
         one = linear_packed(spec)
         size = sum(t.numel() * t.element_size() for t in one)
         copies = [one] + [[t.clone() for t in one] for _ in range(min(15, int(3e8 / size)))]
-        for M in LINEAR_ROWS:
-            if M == 4096 and "head" in name:
-                continue
+        for M in (1, 16, 4096):
             x = randn(M, K)
             us = graph_time([partial(linear_kernel("triton").forward, spec, x, p, None) for p in copies])
             row = Row(f"linear {name} {weights} M={M}", us, size, 2.0 * M * N * K)
             if weights == "model":
                 row.extra["eager_us"] = graph_time([partial(F.linear, x, p[0]) for p in copies])
             rows.append(row)
+    return rows
+
+
+# -- layers of several GPUs
+def check_devices() -> list[Row]:
+    """A small float32 expert layer and two projections on every GPU while the first one is current, behind slow work on
+    the GPU of the tensors: a kernel launched on the wrong GPU reads what is not there yet."""
+    rows = []
+    spec = ExpertsSpec(8, 32, 24)
+    with torch.cuda.device(0):
+        for index in range(torch.cuda.device_count()):
+            device = torch.device("cuda", index)
+            for T in (1, 7):
+                packed = [randn(8, 48, 32, dtype=torch.float32, seed=1), randn(8, 32, 24, dtype=torch.float32, seed=2)]
+                x0, ids = randn(T, 32, dtype=torch.float32, seed=3), torch.rand(T, 8, device=DEVICE).topk(2).indices
+                w = torch.rand(T, 2, device=DEVICE)
+                exact = experts_exact(spec, x0, ids, w, packed, torch.float32).to(device)
+                x0, ids, w, packed = x0.to(device), ids.to(device), w.to(device), [t.to(device) for t in packed]
+                busy = torch.randn(4096, 4096, device=device)
+                error = 0.0
+                for _ in range(20):
+                    x = torch.full_like(x0, math.nan)
+                    busy @ busy
+                    x.copy_(x0)
+                    found = relative(TRITON_KERNEL.forward(spec, x, ids, w, packed), exact)
+                    error = max(error, found) if found == found else math.inf
+                rows.append(Row(f"experts float32 on {device} from cuda:0 T={T}", error=error))
     return rows
 
 
@@ -491,6 +526,10 @@ def tune_experts(name: str, weights: str, T: int, check: bool, part: tuple[int, 
             except Exception as error:
                 rows.append(Row(label, problem=short(error)))
         best[which] = found[1]
+    if not check:
+        key = experts.tuning_key(spec, T, model.K, pairs, BF16)
+        gpu = torch.cuda.get_device_name()
+        remember("hopper" if "H100" in gpu or "H200" in gpu else gpu, {key: [asdict(c) for c in best]}, TUNED_TABLE)
     return rows
 
 
@@ -500,7 +539,12 @@ def short(error: BaseException) -> str:
     return f"{type(error).__name__}: {' '.join([*text[:1], *text[-1:]]) if text else ''}"[:240]
 
 
-TUNED = [("qwen3-30b", w, T) for w in ("model", "int4", "int8", "fp8", "mxfp4") for T in (1, 16, 4096)]
+TUNED = [
+    *(("qwen3-30b", w, 1) for w in ("int4", "int8", "mxfp4", "fp8", "model")),
+    *(("qwen3-30b", w, T) for T in (4096, 16) for w in ("model", "int4", "fp8")),
+    *(("gpt-oss-20b", "mxfp4", T) for T in (1, 4096)),
+    ("dsv3", "int4", 1),
+]
 
 
 def jobs(only: list[str], tune: bool) -> list[tuple[str, tuple[Any, ...]]]:
@@ -579,13 +623,13 @@ def run_shard(args: argparse.Namespace, work: list[Any]) -> None:
 
 def print_row(row: Row, limit: dict[str, float]) -> None:
     if row.problem:
-        print(f"{row.case:42s} FAILED {row.problem}")
+        print(f"{row.case} FAILED {row.problem[:140]}")
         return
-    line = f"{row.case:42s} {row.us:9.1f} us"
+    line = f"{row.case:36s} {row.us:7.1f} us"
     if row.nbytes:
-        line += f" {row.nbytes / row.us / 1e6:6.2f} TB/s {100 * row.nbytes / row.us * 1e6 / limit['copy']:4.0f}%"
+        line += f" {row.nbytes / row.us / 1e6:5.2f} TB/s {100 * row.nbytes / row.us * 1e6 / limit['read']:3.0f}%"
     if row.flops / max(row.nbytes, 1) > 100:
-        line += f" {row.flops / row.us / 1e6:6.0f} TF {100 * row.flops / row.us * 1e6 / limit['matmul']:4.0f}%"
+        line += f" {row.flops / row.us / 1e6:4.0f} TF {100 * row.flops / row.us * 1e6 / limit['matmul']:4.0f}%"
     print(line + "".join(f" {k[:-3]} {v:.1f}" for k, v in row.extra.items() if k.endswith("_us")), flush=True)
 
 
@@ -603,14 +647,18 @@ def main() -> None:
     if args.shard:
         run_shard(args, work)
         return
+    for row in check_devices():
+        print(f"{row.case}: relative error {row.error:.1e}", flush=True)
+    global TUNED_TABLE
+    TUNED_TABLE = Path(args.out, SHIPPED)
     checks = check_in_parallel(args, work)
     bad = [r for r in checks if r.problem or not r.error < TOLERANCE]
     worst = max((r.error for r in checks if r.error == r.error), default=math.nan)
     good = max((r.error for r in checks if r not in bad), default=math.nan)
     print(f"{torch.cuda.get_device_name()} torch {torch.__version__}", end="; ")
     print(f"{len(checks)} checks, {len(bad)} bad, worst error of the others {good:.1e}; {time.time() - began:.0f} s")
-    for r in bad[:25]:
-        print(f"BAD {r.case[:150]} error {r.error:.2e} {r.problem}")
+    for r in bad[:15]:
+        print(f"BAD {r.case[:110]} error {r.error:.2e} {r.problem[:160]}")
     limit = limits()
     print(f"copy {limit['copy'] / 1e12:.2f} TB/s, read {limit['read'] / 1e12:.2f} TB/s", end=", ")
     print(f"bf16 matmul {limit['matmul'] / 1e12:.0f} TFLOP/s, graph step {limit['step_us']:.2f} us", flush=True)
