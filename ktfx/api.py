@@ -124,7 +124,7 @@ def _wrap(
 
     @functools.wraps(original)
     def forward(*args: Any, **kwargs: Any) -> Any:
-        # A float attribute (a scale) that differs between two models must not become an input of the graph (torch 2.11).
+        # A float attribute (a scale) that differs between two models must not become a graph input (torch 2.11).
         before, dynamo.specialize_float = dynamo.specialize_float, True
         try:
             return run(args, kwargs)

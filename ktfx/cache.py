@@ -18,7 +18,6 @@ from ktfx.devices import DeviceMap
 from ktfx.placed_tensor import PlacedTensor
 from ktfx.resolve import Resolution
 
-
 # On a cache whose layers were all placed: looking at each again would cost every decode step a millisecond.
 _MARK = "_ktfx_placed"
 

@@ -7,7 +7,7 @@ copied; tied parameters (one storage, two names) are one weight.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -89,15 +89,20 @@ class WeightStore:
             raise WeightError("the model has no such parameter any more", module=name, mend="compile the model again")
         return value
 
-    def name_of(self, tensor: torch.Tensor) -> str:
-        """The dotted name of one of the model's own parameters or buffers."""
-        for name, own in _named_tensors(self.model):
-            if own is tensor:
-                return name
-        raise WeightError(
-            f"a compiled graph was called with a weight of shape {tuple(tensor.shape)} that is not the model's",
-            mend="compile the module that owns it",
-        )
+    def copy_of(self, tensor: torch.Tensor, name: str, device: str) -> torch.Tensor:
+        """A tensor that is not the model's own under ``name``, on a device name; not kept."""
+        physical = physical_of(tensor).detach()
+        if _own_place(tensor, self.logical_name) == device:
+            return physical
+        return _copy_to(physical, self.devices[device], name, device)
+
+    def pack_of(self, request: WeightRequest, given: Mapping[str, torch.Tensor], device: str) -> list[torch.Tensor]:
+        """Tensors that are not the model's own, in a kernel's layout; not kept."""
+        tensors = {
+            part: physical_of(given[name] if name in given else self.tensor(name)).detach()
+            for part, name in request.parts
+        }
+        return request.pack(tensors, self.devices[device])
 
     def canonical(self, name: str) -> str:
         return self._canonical.get(name, name)

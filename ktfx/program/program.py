@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from operator import is_
 from typing import Any
 
@@ -112,8 +112,10 @@ class PlainWeight:
     name: str
     device: str
 
-    def tensor(self, store: WeightStore, names: Mapping[str, str]) -> torch.Tensor:
-        return store.plain(names.get(self.name, self.name), self.device)
+    def tensor(self, store: WeightStore, given: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        if self.name in given:
+            return store.copy_of(given[self.name], self.name, self.device)
+        return store.plain(self.name, self.device)
 
 
 @dataclass(frozen=True)
@@ -123,10 +125,11 @@ class PackedPart:
     weight: PackedWeight
     device: str
 
-    def tensor(self, store: WeightStore, names: Mapping[str, str]) -> torch.Tensor:
+    def tensor(self, store: WeightStore, given: Mapping[str, torch.Tensor]) -> torch.Tensor:
         request = self.weight.request
-        parts = tuple((part, names.get(name, name)) for part, name in request.parts)
-        return store.packed(replace(request, parts=parts), self.device)[self.weight.index]
+        if any(name in given for _, name in request.parts):
+            return store.pack_of(request, given, self.device)[self.weight.index]
+        return store.packed(request, self.device)[self.weight.index]
 
 
 @dataclass(frozen=True)
@@ -135,7 +138,7 @@ class Literal:
 
     value: Any
 
-    def tensor(self, store: WeightStore, names: Mapping[str, str]) -> Any:
+    def tensor(self, store: WeightStore, given: Mapping[str, torch.Tensor]) -> Any:
         return self.value
 
 
@@ -158,7 +161,8 @@ class Program:
     bound: list[BoundWeight]
     store: WeightStore
     _template: list[Any] = field(default_factory=list)
-    _foreign: dict[tuple[int, ...], list[Any]] = field(default_factory=dict)
+    # The tensors are kept beside the template: an id means nothing once its tensor is gone.
+    _foreign: dict[tuple[Any, ...], tuple[tuple[torch.Tensor, ...], list[Any]]] = field(default_factory=dict)
     _bound_indexes: list[int] = field(default_factory=list)
     _bound_tensors: list[torch.Tensor] = field(default_factory=list)
     _bound_versions: list[int] = field(default_factory=list)
@@ -168,10 +172,11 @@ class Program:
         self._template = self._filled_template({})
         self._stamp()
 
-    def _filled_template(self, names: Mapping[str, str]) -> list[Any]:
+    def _filled_template(self, given: Mapping[str, torch.Tensor]) -> list[Any]:
+        """The constant slots, from the store, or for the names in ``given`` from those tensors."""
         template: list[Any] = [None] * self.slots
         for slot, constant in self.constants:
-            template[slot] = constant.tensor(self.store, names)
+            template[slot] = constant.tensor(self.store, given)
         return template
 
     def _stamp(self) -> None:
@@ -212,14 +217,11 @@ class Program:
 
     def _foreign_template(self, given: Sequence[torch.Tensor]) -> list[Any]:
         """After a graph break Dynamo reuses one layer's graph for others that look alike: bind the weights it gives."""
-        names = {b.name: self.store.name_of(t) for b, t in zip(self.bound, given, strict=True)}
-        key = tuple(map(id, given))
-        stale = set(self.store.changed()).intersection(names.values())
-        if stale:
-            self.store.refresh(sorted(stale))
+        key = tuple((id(t), version_of(t)) for t in given)
         if key not in self._foreign:
-            self._foreign[key] = self._filled_template(names)
-        return self._foreign[key]
+            named = {b.name: t for b, t in zip(self.bound, given, strict=True)}
+            self._foreign[key] = (tuple(given), self._filled_template(named))
+        return self._foreign[key][1]
 
     def _run_timed(self, slots: list[Any]) -> None:
         assert self.timeline is not None
