@@ -35,6 +35,7 @@ from ktfx.cli.rules import rules
 from ktfx.cli.run import run
 from ktfx.cli.trace import trace
 from ktfx.cli.view import view
+from ktfx.cli.why import why
 
 _ABOUT = "Run Mixture-of-Experts models too large for one GPU, over GPUs and host, by the rules in a YAML file."
 _CODES = "\n\n".join(f"[cyan]{int(code):>3}[/cyan]  {meaning}" for code, meaning in common.MEANING.items())
@@ -50,7 +51,7 @@ app = typer.Typer(
 )
 for command in (run, explain, resolve, lint, rules, doctor):
     app.command()(command)
-for command in (passes, pipeline, trace, diff, view, bisect, numerics):
+for command in (passes, pipeline, trace, diff, view, why, bisect, numerics):
     app.command(rich_help_panel="Seeing what the passes do")(command)
 
 

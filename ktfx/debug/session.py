@@ -103,6 +103,9 @@ def random_model(config: Any, setup: Setup) -> nn.Module:
                 setattr(config, name, value)
         if hasattr(config, "kv_lora_rank") and hasattr(config, "num_key_value_heads"):
             config.num_key_value_heads = config.num_attention_heads
+        for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
+            if getattr(config, name, None) is not None:
+                setattr(config, name, None)
     if setup.layers is not None:
         if setup.layers < 1:
             raise OptionError(f"--layers {setup.layers}", expected="a positive number of layers")
