@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 INFO = "ktfx"
@@ -135,18 +136,20 @@ def insert_call(
         of its ``NodeInfo``.
     """
     node = graph.create_node("call_function", target, tuple(args), dict(kwargs or {}), name=name)
-    mode = fake_mode_of(graph)
-    fake_args, fake_kwargs = fx.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
-    if mode is not None:
-        with mode:
-            node.meta["val"] = target(*fake_args, **fake_kwargs)
-    else:
-        node.meta["val"] = target(*fake_args, **fake_kwargs)
+    node.meta["val"] = _fake_result(node)
     for key in ("stack_trace", "nn_module_stack"):
         if key in like.meta:
             node.meta[key] = like.meta[key]
     node.meta[INFO] = replace(info(like), **changes)
     return node
+
+
+def _fake_result(node: fx.Node) -> Any:
+    """What a call gives on the fake values of its arguments."""
+    args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
+    # torch 2.11 runs composite operators (linear, reshape) on symbolic sizes only through the Python dispatcher.
+    with fake_mode_of(node.graph) or contextlib.nullcontext(), enable_python_dispatcher():
+        return node.target(*args, **kwargs)  # type: ignore[operator]
 
 
 def refresh_values(changed: Iterable[fx.Node]) -> None:
@@ -169,15 +172,13 @@ def refresh_values(changed: Iterable[fx.Node]) -> None:
         node = heapq.heappop(heap)
         waiting.discard(node)
         old = node.meta["val"]
-        args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
-        with fake_mode_of(node.graph) or contextlib.nullcontext():
-            try:
-                new = node.target(*args, **kwargs)  # type: ignore[operator]
-            except (RuntimeError, ValueError):
-                if node.target is not torch.ops.aten.view.default:
-                    raise
-                node.target = torch.ops.aten.reshape.default
-                new = node.target(*args, **kwargs)
+        try:
+            new = _fake_result(node)
+        except (RuntimeError, ValueError):
+            if node.target is not torch.ops.aten.view.default:
+                raise
+            node.target = torch.ops.aten.reshape.default
+            new = _fake_result(node)
         if _layout(new) != _layout(old):
             node.meta["val"] = new
             wait_for_readers(node)
