@@ -19,7 +19,7 @@ from ktfx.demo.corpus import Corpus, build_corpus, words
 
 PROMPTS = ("Return the ", "The ", "If the ", "open(file, mode)\n\n", "module json\n\n")
 KNOWN_SHARE = 0.9
-DISTINCT_WORDS = 10
+DISTINCT_WORDS = 8
 LETTER_SHARE = 0.6
 
 
@@ -103,6 +103,16 @@ def test_greedy_output_reads_as_words(
     assert letters / sum(map(len, texts)) > LETTER_SHARE
 
 
+def test_every_expert_is_used(model: PreTrainedModel, corpus: Corpus) -> None:
+    stream = train.token_stream(corpus.held_out[:20])[None, : train.CONTEXT]
+    with torch.no_grad():
+        routed = model(input_ids=stream, output_router_logits=True).router_logits
+    assert len(routed) == model.config.num_hidden_layers
+    for logits in routed:
+        chosen = logits.topk(model.config.num_experts_per_tok).indices
+        assert set(chosen.flatten().tolist()) == set(range(model.config.num_experts))
+
+
 def test_balancing_loss_is_least_when_experts_share_evenly() -> None:
     even = torch.eye(8).repeat(4, 1) * 9 + torch.eye(8).roll(1, 0).repeat(4, 1) * 9
     lopsided = torch.zeros(32, 8)
@@ -122,9 +132,8 @@ def test_predicts_text_it_has_not_seen(model: PreTrainedModel, corpus: Corpus) -
 
 def test_corpus_of_a_folder(tmp_path: Path) -> None:
     long = "Explain what this does, at a length that is worth learning from."
-    (tmp_path / "alpha.py").write_text(
-        f'"""{long}"""\nclass A:\n    def f(self, x, *, y):\n        """{long}\n\n\n\n        More."""\n'
-    )
+    method = f'    def f(self, x, *, y):\n        """{long}\n\n\n\n        More{" " * 30}and{"-" * 30}"""\n'
+    (tmp_path / "alpha.py").write_text(f'"""{long}"""\nclass A:\n{method}')
     (tmp_path / "short.py").write_text('"""Short."""\n')
     (tmp_path / "broken.py").write_text(f'"""{long} Broken."""\ndef\n')
     (tmp_path / "test").mkdir()
@@ -135,7 +144,7 @@ def test_corpus_of_a_folder(tmp_path: Path) -> None:
     documents = {*corpus.train, *corpus.held_out}
     assert documents == {
         f"module alpha\n\n{long}",
-        f"f(x, y)\n\n{long}\n\nMore.",
+        f"f(x, y)\n\n{long}\n\nMore    and--------",
         f"topic if\n\n{long} Topic.",
     }
     assert build_corpus(tmp_path).digest() == corpus.digest()
@@ -160,6 +169,7 @@ def test_training_writes_a_model_that_loads_and_goes_on(tmp_path: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(out)
     assert train.held_out_loss(model, train.token_stream(TINY.held_out)) == pytest.approx(loss, rel=1e-4)
     assert train.train(recipe(out, start_from=out), TINY) < 5.5  # ln 264 = 5.58 nats is knowing nothing
+    assert json.loads((out / "training.json").read_text())["minutes"] == [0.01, 0.01]
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 

@@ -224,8 +224,7 @@ def save(model: PreTrainedModel, out: Path, recipe: Recipe, corpus: Corpus, held
             "text": "documentation strings of Python's standard library and its help topics (PSF licence)",
             "text_sha256": corpus.digest(),
             "held_out_nats_per_byte": round(loss, 4),
-            "minutes": recipe.minutes,
-            "continued": recipe.start_from is not None,
+            "minutes": [*_minutes_before(recipe), recipe.minutes],
         }
         (beside / "training.json").write_text(json.dumps(notes, indent=2) + "\n")
         for path in beside.iterdir():
@@ -236,6 +235,12 @@ def save(model: PreTrainedModel, out: Path, recipe: Recipe, corpus: Corpus, held
         shutil.rmtree(beside, ignore_errors=True)
     print(f"wrote {out}: {loss:.3f} nats a byte on the held-out text", flush=True)
     return loss
+
+
+def _minutes_before(recipe: Recipe) -> list[float]:
+    """The runs that went into the model this one started from."""
+    notes = recipe.start_from / "training.json" if recipe.start_from else None
+    return list(json.loads(notes.read_text())["minutes"]) if notes is not None and notes.exists() else []
 
 
 def _edit_json(path: Path, **values: str) -> None:
