@@ -192,6 +192,8 @@ void pack_task(void* context, int, int64_t task, int) {
         memcpy(out + w * 64, pair, 64);
       }
     }
+    const int64_t used = m.zero_offset + (zeros.empty() ? 0 : G * kTile);
+    memset(out + used, 0, m.tile_bytes - used);  // equal weights give equal bytes
     for (int64_t g = 0; g < (scaled ? G : 0); ++g)
       for (int i = 0; i < kTile; ++i) {
         memcpy(out + m.scale_offset + (g * kTile + i) * se, scales.data() + (i * G + g) * se, se);
