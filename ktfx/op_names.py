@@ -30,9 +30,13 @@ _ROLES: dict[str, tuple[str, ...]] = {
 
 def op_names() -> list[str]:
     """Every op name there is now, kernels registered so far included."""
-    names = {f"{family}.{kernel}" for family, kernels in _FAMILIES.items() for kernel in kernels}
-    names |= {f"experts.{kernel}" for kernel in experts_kernel_names()}
+    names = {*builtin_ops(), *(f"experts.{kernel}" for kernel in experts_kernel_names())}
     return [*ANY_MODULE, *sorted(names)]
+
+
+def builtin_ops() -> list[str]:
+    """The ops of ktfx's own families, whatever is registered besides."""
+    return sorted(f"{family}.{kernel}" for family, kernels in _FAMILIES.items() for kernel in kernels)
 
 
 def checked_op(name: str, origin: Origin, rule: str | None = None) -> str:
