@@ -30,9 +30,11 @@ from ktfx.cli.lint import lint
 from ktfx.cli.numerics import numerics
 from ktfx.cli.passes import passes
 from ktfx.cli.pipeline import pipeline
+from ktfx.cli.repro import reduce, repro
 from ktfx.cli.resolve import resolve
 from ktfx.cli.rules import rules
 from ktfx.cli.run import run
+from ktfx.cli.stats import stats
 from ktfx.cli.trace import trace
 from ktfx.cli.view import view
 from ktfx.cli.why import why
@@ -51,7 +53,7 @@ app = typer.Typer(
 )
 for command in (run, explain, resolve, lint, rules, doctor):
     app.command()(command)
-for command in (passes, pipeline, trace, diff, view, why, bisect, numerics):
+for command in (passes, pipeline, trace, diff, view, why, bisect, numerics, stats, repro, reduce):
     app.command(rich_help_panel="Seeing what the passes do")(command)
 
 

@@ -1,0 +1,111 @@
+"""Repro directories are whole or absent and never overwrite; reduce keeps the same error; stats name what differed."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from debug_models import tiny_session
+
+from ktfx.debug.reduce import reduce
+from ktfx.debug.repro import Failure, failure_of, read_repro, write_repro
+from ktfx.debug.runtime import load_program, make_inputs
+from ktfx.debug.session import Setup
+from ktfx.debug.stats import CacheLookup, graph_stats, missed_because
+from ktfx.errors import OptionError
+
+RULES = {
+    "ktfx": 1,
+    "default_device": "cpu",
+    "rules": [
+        {"match": {"name": "lm_head"}, "replace": {"device": "cpu"}},
+        {
+            "match": {"name": r"^model\.layers\.0\.mlp\.experts$"},
+            "replace": {"op": "experts.reference", "weights": "int4"},
+        },
+    ],
+}
+FAILURE = Failure("PlacementError", "layer 3 cannot", "Traceback …")
+
+
+def test_a_failure_is_written_whole_and_can_be_read_and_run(tmp_path: Path) -> None:
+    setup = Setup(rules=RULES, layers=1, tiny=True, tokens=4)
+    failure = failure_of(setup)
+    assert failure is not None and failure.kind == "PlacementError" and "int4" in failure.message
+    path = write_repro(setup, failure, tmp_path / "repro")
+    assert {p.name for p in path.iterdir()} == {
+        "repro.json",
+        "rules.yaml",
+        "pipeline.json",
+        "graph.py",
+        "error.txt",
+        "run.sh",
+    }
+    assert [p.name for p in tmp_path.iterdir()] == ["repro"]
+    forward, inputs = load_program(path / "graph.py")
+    assert len(forward(*make_inputs(inputs))) > 0
+    again, pattern = read_repro(path)
+    assert again == replace(setup, rules=again.rules) and again.rules == RULES
+    assert failure_of(again).message == failure.message  # type: ignore[union-attr]
+    with pytest.raises(OptionError, match="exists"):
+        write_repro(setup, failure, path)
+    assert json.loads((path / "repro.json").read_text())["error"]["pattern"] == pattern
+
+
+def test_nothing_is_left_behind_if_writing_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: object) -> None:
+        raise OSError("disk full")
+
+    monkeypatch.setattr("ktfx.debug.repro._fill", broken)
+    with pytest.raises(OSError, match="disk full"):
+        write_repro(Setup(), FAILURE, tmp_path / "repro")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_reduce_keeps_only_what_the_same_error_needs() -> None:
+    def run(setup: Setup) -> Failure | None:
+        assert isinstance(setup.rules, dict)
+        if len(setup.rules["rules"]) == 0 or "cpu" not in str(setup.rules["rules"][-1]):
+            return None
+        if (setup.layers or 9) < 3:
+            return Failure("PassError", "something else", "")
+        return FAILURE
+
+    rules = {"ktfx": 1, "rules": [{"match": {"name": str(i)}} for i in range(3)] + [{"replace": {"device": "cpu"}}]}
+    setup = Setup(rules=rules, layers=8, tokens=16, phase="both", backend="inductor")
+    small, failure, attempts = reduce(setup, FAILURE.pattern, run=run)
+    assert failure == FAILURE
+    assert (small.layers, small.tokens, small.phase, small.backend, small.tiny) == (3, 2, "prefill", "eager", True)
+    assert isinstance(small.rules, dict) and small.rules["rules"] == [{"replace": {"device": "cpu"}}]
+    assert any(not a.kept and "something else" in a.why for a in attempts)
+
+
+def test_reduce_refuses_what_does_not_fail_as_it_did() -> None:
+    with pytest.raises(OptionError, match="does not fail as it did: it did not fail"):
+        reduce(Setup(), FAILURE.pattern, run=lambda setup: None)
+
+
+def test_the_pattern_leaves_numbers_open() -> None:
+    import re
+
+    assert re.search(FAILURE.pattern, "PlacementError: layer 17 cannot")
+    assert not re.search(FAILURE.pattern, "PlacementError: layer 17 can")
+
+
+def test_stats_count_matches_passes_and_partitions() -> None:
+    session = tiny_session()
+    found = graph_stats(session.graphs[0], session.state)
+    assert [(r["rule"], r["modules"], r["rewrites"]) for r in found["rules"]] == [("rule 1", 2, 2), ("rule 2", 1, 0)]
+    assert found["units"] == len(session.graphs[0].built.units)
+    assert sum(p["used_by"] for p in found["partitions"]) == found["units"]
+    assert [p["name"] for p in found["passes"]] == [r.name for r in session.graphs[0].records]
+
+
+def test_a_missed_key_names_the_part_that_differs() -> None:
+    then = [CacheLookup("a", {"gm": ("1", "x + y"), "torch_version": ("2", "2.13")})]
+    now = [CacheLookup("b", {"gm": ("1", "x + y"), "torch_version": ("3", "2.14")}), CacheLookup("a", then[0].parts)]
+    (missed,) = missed_because(now, then)
+    assert missed["lookup"] == 0 and missed["nearest"] == "a"
+    assert missed["differs_in"] == [{"part": "torch_version", "before": "2.13", "after": "2.14"}]
