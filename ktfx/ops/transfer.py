@@ -12,12 +12,13 @@ def transfer(x: torch.Tensor, source: str, target: str) -> torch.Tensor:
 
     Run eagerly (checks of a graph before it is cut) it stays on the logical device; the program moves it for real.
     """
-    return x.clone()
+    return x.to(x.device, copy=True)
 
 
 @transfer.register_fake
 def _(x: torch.Tensor, source: str, target: str) -> torch.Tensor:
-    return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=x.device)
+    # As the program's step lays it out: a slice arrives dense, with strides of its own.
+    return x.to(x.device, copy=True)
 
 
 def is_transfer(node: fx.Node) -> bool:
