@@ -6,6 +6,7 @@
 Contenders take turns call by call in one run; figures are medians. Layers are rotated and every call chooses other
 experts, so that weights come from memory. ``share`` is the bytes of the chosen experts, scales included, over the time
 and over the read bandwidth measured between the same calls; ``of peak`` is over the multiply-add rate measured so.
+``--one-core`` runs everything on one thread and counts CPU time, for a machine that others use too.
 ``error`` is relative to the float32 reference over the unquantised weights, so it holds the format's own rounding.
 """
 
@@ -46,6 +47,13 @@ SHAPES = {
     "mixtral": Shape(4096, 14336, 8, 2),
 }
 FORMATS = ["model", "fp8", "int8", "int4", "int4+int8", "int4zp", "mxfp4"]  # "+int8": activations may be int8
+CLOCK = time.CLOCK_MONOTONIC  # --one-core: the thread's CPU time
+
+
+def now() -> float:
+    return time.clock_gettime(CLOCK)
+
+
 MOST_BATCHED = 16  # tokens: batched_mm copies the weights of every choice
 
 
@@ -240,26 +248,29 @@ def measure(
     local = Limits()
     slow = set()  # so slow that two calls have to do
     for contender in list(ready):
-        start = time.perf_counter()
+        start = now()
         try:
             contender.call(*sets[0], 0)
         except Exception as error:
             print(f"{contender.name} is left out at {tokens} tokens: {error}", flush=True)
             ready.remove(contender)
-        if time.perf_counter() - start > seconds / 6:
+        if now() - start > seconds / 6:
             slow.add(contender.name)
-    begin, rounds = time.perf_counter(), 0
-    while rounds < 3 or (time.perf_counter() - begin < seconds and rounds < 200):
+    begin, rounds = time.monotonic(), 0
+    while rounds < 3 or (time.monotonic() - begin < seconds and rounds < 200):
         which, layer = rounds % len(sets), rounds % layers
-        local.read.append(lib.ktfx_measure_read(sink.data_ptr(), sink.numel()))
+        start = now()
+        lib.ktfx_measure_read(sink.data_ptr(), sink.numel())
+        local.read.append(sink.numel() / (now() - start))
         if rounds % 4 == 0:
-            local.fma.append(lib.ktfx_measure_fma())
+            wall, start = time.monotonic(), now()
+            local.fma.append(lib.ktfx_measure_fma() * (time.monotonic() - wall) / (now() - start))
         for contender in ready:
             if rounds >= 2 and contender.name in slow:
                 continue
-            start = time.perf_counter()
+            start = now()
             contender.call(*sets[which], layer)
-            times[contender.name].append(time.perf_counter() - start)
+            times[contender.name].append(now() - start)
             bytes_read[contender.name].append(active[which] * contender.bytes)
         rounds += 1
     limits.read += local.read
@@ -295,9 +306,9 @@ def torch_matmul_rate(amx: bool) -> float:
     torch.mm(a, b)
     times = []
     for _ in range(5 if amx else 3):
-        start = time.perf_counter()
+        start = now()
         torch.mm(a, b)
-        times.append(time.perf_counter() - start)
+        times.append(now() - start)
     return 2 * n**3 / statistics.median(times)
 
 
@@ -309,9 +320,9 @@ def packing(shape: Shape, weights: dict[str, torch.Tensor], formats: list[str]) 
     def rate(run: Callable[[], object]) -> float:
         times = []
         for _ in range(3):
-            start = time.perf_counter()
+            start = now()
             run()
-            times.append(time.perf_counter() - start)
+            times.append(now() - start)
         return source / statistics.median(times)
 
     out["copy into new memory"] = rate(lambda: [t.clone() for t in weights.values()])
@@ -338,9 +349,9 @@ def sweep_threads(shape: Shape, weights: dict[str, torch.Tensor]) -> None:
             sets = [inputs(shape, tokens, i) for i in range(5)]
             times = []
             for i in range(15 if tokens < 1000 else 5):
-                start = time.perf_counter()
+                start = now()
                 native.forward(spec, *sets[i % 5], packed)
-                times.append(time.perf_counter() - start)
+                times.append(now() - start)
             line.append(f"{tokens} tokens {statistics.median(times) * 1e3:.2f} ms,")
         print(*line, flush=True)
     native.set_threads(0, 0)
@@ -358,9 +369,9 @@ def sweep_amx_rows(shape: Shape, weights: dict[str, torch.Tensor]) -> None:
                 native.lib().ktfx_set_amx_rows(rows)
                 times = []
                 for i in range(6):
-                    start = time.perf_counter()
+                    start = now()
                     native.forward(spec, *sets[i % 5], packed)
-                    times.append(time.perf_counter() - start)
+                    times.append(now() - start)
                 line.append(f"AMX from {rows} rows {statistics.median(times) * 1e3:.2f} ms,")
             print(*line, flush=True)
     native.lib().ktfx_set_amx_rows(0)
@@ -374,10 +385,15 @@ def main() -> int:
     parser.add_argument("--formats", default=",".join(FORMATS))
     parser.add_argument("--seconds", type=float, default=0.0, help="time for one number of tokens")
     parser.add_argument("--no-transformers", action="store_true")
+    parser.add_argument("--one-core", action="store_true", help="one thread, CPU time: for a machine in use")
     parser.add_argument("--json", default="", help="write the rows there")
     args = parser.parse_args()
     torch.set_grad_enabled(False)
-    native.lib()
+    if args.one_core:
+        global CLOCK
+        CLOCK = time.CLOCK_THREAD_CPUTIME_ID
+        torch.set_num_threads(1)
+        native.set_threads(1, 1)
     print(f"{platform.processor() or platform.machine()}, {os.cpu_count()} CPUs, torch {torch.__version__}")
     print(f"{cpu_kernels_status()}; instruction sets {', '.join(native.isas())}", flush=True)
     if not check_kernels():
@@ -412,7 +428,7 @@ def main() -> int:
             print_rows(done, statistics.median(limits.read), statistics.median(limits.fma), matmul)
             rows += done
         if name == names[0]:
-            if amx:
+            if amx and not args.one_core:
                 sweep_threads(shape, layers[0])
                 sweep_amx_rows(shape, layers[0])
             packs = packing(shape, layers[0], formats)
