@@ -2,6 +2,7 @@
 
 Comments on the lines before a block steer it:
 ``<!-- file: NAME -->`` writes the block to that file; ``<!-- not run: REASON -->`` leaves it alone;
+``<!-- wrong: REASON -->`` says that a rule file has mistakes on purpose;
 ``<!-- slow: REASON -->`` leaves it to the slow tests; ``<!-- compared from: TEXT -->`` compares the output from the
 first line that begins so.
 """
@@ -15,7 +16,7 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 _BLOCK = re.compile(
-    r"^(?P<comments>(?:<!-- *(?:file|not run|slow|compared from) *:.*?-->\n)*)"
+    r"^(?P<comments>(?:<!-- *(?:file|not run|wrong|slow|compared from) *:.*?-->\n)*)"
     r"```(?P<kind>\w*)\n(?P<text>.*?)^```$",
     re.MULTILINE | re.DOTALL,
 )
@@ -95,6 +96,14 @@ def missing_line(shown: list[str], output: str, start: str | None = None) -> str
 
 def _plain(line: str) -> str:
     return " ".join(_SPEED.sub(r"N \1", line).split())
+
+
+def mentions(page: Path) -> list[list[str]]:
+    """Every mention of a ktfx command, in a `$ ` line or as inline code, as words."""
+    text = page.read_text(encoding="utf-8")
+    found = re.findall(r"^\$ (ktfx [^\n#>]*)", text, re.MULTILINE)
+    found += re.findall(r"`(ktfx [^`\n]*)`", re.sub(r"```.*?```", "", text, flags=re.DOTALL))
+    return [mention.replace("'", " ").replace(",", " ").split() for mention in found]
 
 
 def links(page: Path) -> list[str]:
