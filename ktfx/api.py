@@ -15,6 +15,7 @@ from torch import nn
 
 from ktfx.backend import compile_graph
 from ktfx.cache import place_cache
+from ktfx.direct import MAX_FORMS, DirectCall, can_be_called_directly, form_of, note_call, notes_of
 from ktfx.errors import CaptureError, KtfxError, KtfxWarning, OptionError
 from ktfx.graph_breaks import first_line, refuse_break_inside_layer
 from ktfx.options import CompileOptions, RulesSource, parse_options
@@ -42,6 +43,7 @@ def compile(
     cache: str | None = "static",
     release_host: bool = False,
     dynamic: bool | None = None,
+    direct_calls: bool = True,
     **options: Any,
 ) -> nn.Module:
     """Return ``model`` with its forward compiled by the rules; ``generate()`` then compiles prefill and decode.
@@ -49,6 +51,8 @@ def compile(
     rules: a path, a shipped name, or rules as Python objects; None picks the shipped file for the model and machine.
     cache: the cache that plain ``generate()`` makes: ``static`` (placed with its layers) or None (leave it).
     release_host: weights that moved to another device leave the logical one; ``state_dict()`` still returns them.
+    direct_calls: repeat calls of one form run the program without Dynamo's guards (see ``ktfx.direct``); parameters,
+        cache, grad mode and the config's output settings are still checked.
     options: see ``CompileOptions`` (simulate, verify, partition_backend, query_input, memory, …).
 
     The model's inputs and outputs stay on its own device. ``ktfx.restore(model)`` undoes everything.
@@ -79,7 +83,8 @@ def compile(
     )
     # Pieces need their guards: they tell the layers apart.
     pieces = torch.compile(original, backend=backend, dynamic=dynamic)
-    model.forward = _wrap(model, original, whole, pieces, state)
+    direct = direct_calls and not (parsed.verify or parsed.keep_graphs) and can_be_called_directly(model)
+    model.forward = _wrap(model, original, whole, pieces, state, direct)
     generation = getattr(model, "generation_config", None)
     if generation is not None and cache is not None:
         compiled.cache_implementation = generation.cache_implementation
@@ -114,51 +119,87 @@ def _wrap(
     whole: Callable[..., Any],
     pieces: Callable[..., Any],
     state: ModelState,
+    direct_calls: bool,
 ) -> Callable[..., Any]:
     """The forward that callers see: places the cache, runs the compiled graph, turns torch's errors into ktfx's."""
     logical = _device_of(model)
     self_ref = weakref.ref(model)
     in_pieces = False
     shapes: dict[Any, Any] = {}
+    # A form of call → how to run its program directly, or None where that cannot be.
+    known_calls: dict[Any, DirectCall | None] = {}
     dynamo = torch._dynamo.config
 
     @functools.wraps(original)
     def forward(*args: Any, **kwargs: Any) -> Any:
+        form = (form_of(args, kwargs), _settings(model_of())) if direct_calls and not in_pieces else None
+        if form is None or form[0] is None:
+            return compiled(args, kwargs)
+        known = known_calls.get(form)
+        if known is not None:
+            output = known.run(kwargs)
+            if output is not None:
+                return output
+        if form in known_calls and known is None:
+            return compiled(args, kwargs)
+        before = notes_of(kwargs)
+        state.log.calls = []
+        try:
+            output = compiled(args, kwargs)
+            noted = state.log.calls
+        finally:
+            state.log.calls = None
+        if len(known_calls) >= MAX_FORMS:
+            known_calls.clear()
+        plain = len(noted) == 1 and not in_pieces and notes_of(kwargs) == before
+        known_calls[form] = note_call(kwargs, noted[0], output) if plain else None
+        return output
+
+    def model_of() -> nn.Module:
+        owner = self_ref()
+        assert owner is not None
+        return owner
+
+    def compiled(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        cache = kwargs.get("past_key_values")
+        if cache is not None:
+            place_cache(cache, model_of(), original, args, kwargs, state.resolution, state.devices, logical, shapes)
         # A float attribute (a scale) that differs between two models must not become a graph input (torch 2.11).
         before, dynamo.specialize_float = dynamo.specialize_float, True
         try:
-            return run(args, kwargs)
-        finally:
-            dynamo.specialize_float = before
-
-    def run(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        nonlocal in_pieces
-        owner = self_ref()
-        assert owner is not None
-        cache = kwargs.get("past_key_values")
-        if cache is not None:
-            place_cache(cache, owner, original, args, kwargs, state.resolution, state.devices, logical, shapes)
-        try:
-            if not in_pieces:
-                try:
-                    return whole(*args, **kwargs)
-                except (torch._dynamo.exc.Unsupported, torch._dynamo.exc.UserError) as error:
-                    refuse_break_inside_layer(owner, error)
-                    _warn_pieces(f"the model does not trace whole: {first_line(error)}")
-                except torch._dynamo.exc.FailOnRecompileLimitHit:
-                    _warn_pieces(
-                        "the model was compiled for as many different calls as torch allows "
-                        "(torch._dynamo.config.recompile_limit); further ones run uncompiled"
-                    )
-                in_pieces = True
-            return pieces(*args, **kwargs)
+            return through_dynamo(args, kwargs)
         except torch._dynamo.exc.BackendCompilerFailed as error:
             if isinstance(error.inner_exception, KtfxError):
                 raise error.inner_exception from None
             raise
+        finally:
+            dynamo.specialize_float = before
+
+    def through_dynamo(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        nonlocal in_pieces
+        if not in_pieces:
+            try:
+                return whole(*args, **kwargs)
+            except (torch._dynamo.exc.Unsupported, torch._dynamo.exc.UserError) as error:
+                refuse_break_inside_layer(model_of(), error)
+                _warn_pieces(f"the model does not trace whole: {first_line(error)}")
+            except torch._dynamo.exc.FailOnRecompileLimitHit:
+                _warn_pieces(
+                    "the model was compiled for as many different calls as torch allows "
+                    "(torch._dynamo.config.recompile_limit); further ones run uncompiled"
+                )
+            in_pieces = True
+        return pieces(*args, **kwargs)
 
     forward.__signature__ = inspect.signature(original)  # type: ignore[attr-defined]
     return forward
+
+
+def _settings(model: nn.Module) -> Any:
+    """The model's settings that change what a call returns."""
+    config = getattr(model, "config", None)
+    names = ("use_cache", "return_dict", "output_hidden_states", "output_attentions", "_attn_implementation")
+    return tuple(getattr(config, name, None) for name in names)
 
 
 def _warn_pieces(reason: str) -> None:

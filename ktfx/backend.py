@@ -55,7 +55,12 @@ def compile_graph(
 
     with torch.no_grad():
         built = build_program(
-            captured.gm, context, state.store, options.partition_backend, partial(report_progress, "compile")
+            captured.gm,
+            context,
+            state.store,
+            options.partition_backend,
+            partial(report_progress, "compile"),
+            state.log,
         )
     _warn(context.warnings)
     report = GraphReport(

@@ -212,12 +212,12 @@ def _annotate(graph: fx.Graph, prefix: str, root: nn.Module) -> None:
             module = _relative(path, prefix)
             last = NodeInfo(module=module, cls=getattr(cls, "__name__", str(cls)), layer=layer_of(module))
             node.meta[INFO] = last
-        elif node.op == "call_function":
-            # Nodes that export adds (alias) have no stack; they belong where their input does.
+        elif node.op == "call_function" and node.target is torch.ops.aten.alias.default:
+            # Export adds these, without a stack; they belong where their input does.
             producer = next((a for a in node.all_input_nodes if a.op == "call_function"), None)
             node.meta[INFO] = producer.meta[INFO] if producer is not None else last
         else:
-            node.meta[INFO] = NodeInfo()
+            node.meta[INFO] = NodeInfo(module=prefix)  # the traced module's own forward has no stack either
 
 
 def _relative(path: str, prefix: str) -> str:

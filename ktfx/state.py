@@ -15,6 +15,7 @@ from ktfx.errors import KtfxWarning
 from ktfx.options import CompileOptions
 from ktfx.pass_manager import PassContext, PassRecord
 from ktfx.program.build import BuiltProgram
+from ktfx.program.program import CallLog
 from ktfx.resolve import Resolution, resolve
 from ktfx.ruleset import Ruleset, load_ruleset
 from ktfx.weights import WeightStore
@@ -58,6 +59,7 @@ class ModelState:
     logical_name: str
     store: WeightStore
     options: CompileOptions
+    log: CallLog = field(default_factory=CallLog)
     graphs: list[GraphReport] = field(default_factory=list)
 
 

@@ -16,7 +16,7 @@ needs_kernels = pytest.mark.skipif(
     not (INTERPRETED or torch.cuda.is_available()), reason="needs CUDA, or TRITON_INTERPRET=1 from the start"
 )
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-# Of ‖out − exact‖ / ‖exact‖, exact in float64 over inputs of the dtype; half precision rounds inputs of the second matmul.
+# Of ‖out − exact‖ / ‖exact‖, exact in float64 over inputs of the dtype; half precision rounds between the matmuls.
 TOLERANCE = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 1.5e-2}
 
 

@@ -16,6 +16,7 @@ from ktfx.passes.partition_by_device import Partitioning, Unit
 from ktfx.program.compile_units import CompiledUnit, compile_units
 from ktfx.program.program import (
     BoundWeight,
+    CallLog,
     Compute,
     Constant,
     Literal,
@@ -54,6 +55,7 @@ def build_program(
     store: WeightStore,
     backend: str,
     progress: Callable[[int, int], None] | None = None,
+    log: CallLog | None = None,
 ) -> BuiltProgram:
     """Compile the units and lay the steps out.
 
@@ -96,6 +98,7 @@ def build_program(
         outputs=outputs,
         bound=_bound_weights(gm, context, store),
         store=store,
+        log=log or CallLog(),
     )
     return BuiltProgram(program, part.units, graphs, compiled, len(folds), len(unfolded))
 

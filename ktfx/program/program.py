@@ -145,6 +145,31 @@ class Literal:
 Constant = PlainWeight | PackedPart | Literal
 
 
+@dataclass(frozen=True)
+class Call:
+    """One call of a program: what went in and what came out."""
+
+    program: Program
+    args: tuple[Any, ...]
+    outputs: list[Any]
+
+
+@dataclass
+class CallLog:
+    """Where programs of a model note their calls while ``calls`` is a list."""
+
+    calls: list[Call] | None = None
+
+
+@dataclass(frozen=True)
+class WeightSlot:
+    """A bound parameter and the dictionary of the module that holds it."""
+
+    holder: dict[str, Any]
+    leaf: str
+    tensor: torch.Tensor
+
+
 @dataclass
 class Program:
     """Runs a compiled graph.
@@ -160,6 +185,7 @@ class Program:
     outputs: list[int]
     bound: list[BoundWeight]
     store: WeightStore
+    log: CallLog = field(default_factory=CallLog)
     _template: list[Any] = field(default_factory=list)
     # The tensors are kept beside the template: an id means nothing once its tensor is gone.
     _foreign: dict[tuple[Any, ...], tuple[tuple[torch.Tensor, ...], list[Any]]] = field(default_factory=dict)
@@ -189,14 +215,40 @@ class Program:
         for index, slot in self.arguments:
             value = args[index]
             slots[slot] = value.physical if type(value) is PlacedTensor else value
-        if self.timeline is None:
-            for step in self.steps:
-                step.run(slots)
-                for slot in step.frees:
-                    slots[slot] = None
-        else:
+        self._run_steps(slots)
+        outputs = [slots[o] if o >= 0 else args[-1 - o] for o in self.outputs]
+        if self.log.calls is not None:
+            self.log.calls.append(Call(self, args, outputs))
+        return outputs
+
+    def run(self, values: list[tuple[int, Any]]) -> list[Any] | None:
+        """Run on values already unwrapped, by slot; None if a bound weight was written to since (renew it first)."""
+        if [version_of(t) for t in self._bound_tensors] != self._bound_versions:
+            return None
+        slots = self._template.copy()
+        for slot, value in values:
+            slots[slot] = value
+        self._run_steps(slots)
+        return [slots[o] for o in self.outputs]
+
+    def weight_slots(self) -> list[WeightSlot]:
+        """Where each bound parameter hangs in the model."""
+        found = []
+        for bound in self.bound:
+            path, _, leaf = bound.name.rpartition(".")
+            module = self.store.model.get_submodule(path)
+            holder = module._parameters if leaf in module._parameters else module._buffers
+            found.append(WeightSlot(holder, leaf, bound.tensor))
+        return found
+
+    def _run_steps(self, slots: list[Any]) -> None:
+        if self.timeline is not None:
             self._run_timed(slots)
-        return [slots[o] if o >= 0 else args[-1 - o] for o in self.outputs]
+            return
+        for step in self.steps:
+            step.run(slots)
+            for slot in step.frees:
+                slots[slot] = None
 
     def _current_template(self, args: Sequence[Any]) -> list[Any]:
         """The filled slots, after bringing copies of changed parameters up to date."""
