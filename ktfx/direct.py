@@ -11,6 +11,7 @@ import dataclasses
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
+from operator import is_
 from typing import Any
 
 import torch
@@ -30,17 +31,8 @@ class FromKeyword:
 
 
 @dataclass(frozen=True)
-class FromCache:
-    """Attribute ``name`` of cache layer ``layer``; ``seen`` is the tensor of the noted call."""
-
-    layer: int
-    name: str
-    seen: Any
-
-
-@dataclass(frozen=True)
 class Same:
-    """A size: it follows from the form of the call."""
+    """A value that is the same at every call of the form."""
 
     value: Any
 
@@ -52,40 +44,45 @@ class FromOutput:
 
 @dataclass
 class DirectCall:
-    """How to run the program for one form of call. ``fields``: name and origin of each field of the output."""
+    """How to run the program for one form of call. ``fields``: name and origin of each field of the output.
+
+    cached: (slot, attributes of the cache layer, name of the tensor, the tensor seen at the noted call, its data).
+    keywords, sizes: slot and where its value comes from.
+    """
 
     program: Program
     cache: weakref.ref[Any] | None
     cache_name: str
-    arguments: list[tuple[int, FromKeyword | FromCache | Same]]
+    cached: list[tuple[int, dict[str, Any], str, Any, torch.Tensor]]
+    keywords: list[tuple[int, str]]
+    sizes: list[tuple[int, int]]
     output_type: Callable[..., Any]
     fields: list[tuple[str, Any]]
     weights: list[WeightSlot]
     inference_mode: bool
 
+    def __post_init__(self) -> None:
+        self._holders = [(w.holder, w.leaf) for w in self.weights]
+        self._tensors = [w.tensor for w in self.weights]
+        self._states = [(attributes, name) for _, attributes, name, _, _ in self.cached]
+        self._seen = [seen for _, _, _, seen, _ in self.cached]
+        self._data = [(slot, data) for slot, _, _, _, data in self.cached]
+
     def run(self, kwargs: dict[str, Any]) -> Any:
         """The output, or None if this call must go the long way."""
         if torch.is_grad_enabled() or torch.is_inference_mode_enabled() != self.inference_mode:
             return None
-        cache = self.cache() if self.cache is not None else None
-        if self.cache is not None and cache is not kwargs[self.cache_name]:
+        if self.cache is not None and self.cache() is not kwargs[self.cache_name]:
             return None
-        for weight in self.weights:
-            if weight.holder.get(weight.leaf) is not weight.tensor:
-                return None
-        values: list[tuple[int, Any]] = []
-        layers = cache.layers if cache is not None else ()
-        for slot, origin in self.arguments:
-            if type(origin) is FromCache:
-                value = getattr(layers[origin.layer], origin.name)
-                if value is not origin.seen and not _alike(value, origin.seen):
-                    return None
-                values.append((slot, value.physical))
-            elif type(origin) is FromKeyword:
-                values.append((slot, kwargs[origin.name]))
-            else:
-                values.append((slot, origin.value))  # type: ignore[union-attr]
-        outputs = self.program.run(values)
+        # Hundreds of each, every step: these loops run in C.
+        if not all(map(is_, [holder.get(leaf) for holder, leaf in self._holders], self._tensors)):
+            return None
+        states = [attributes.get(name) for attributes, name in self._states]
+        data = self._data if all(map(is_, states, self._seen)) else self._other_data(states)
+        if data is None:
+            return None
+        keywords = [(slot, kwargs[name]) for slot, name in self.keywords]
+        outputs = self.program.run([*data, *keywords, *self.sizes])
         if outputs is None:
             return None
         made = {
@@ -93,6 +90,12 @@ class DirectCall:
             for name, o in self.fields
         }
         return self.output_type(**made)
+
+    def _other_data(self, states: list[Any]) -> list[tuple[int, torch.Tensor]] | None:
+        """The cache's tensors were replaced (beam search reorders them): those of the same form will do."""
+        if not all(map(_alike, states, self._seen)):
+            return None
+        return [(slot, state.physical) for (slot, *_), state in zip(self.cached, states, strict=True)]
 
 
 def _alike(value: Any, seen: Any) -> bool:
@@ -143,20 +146,20 @@ def note_call(kwargs: dict[str, Any], call: Call, output: Any) -> DirectCall | N
     keyword_of = {id(v): k for k, v in kwargs.items() if isinstance(v, torch.Tensor)}
     cache_name = next((k for k, v in kwargs.items() if hasattr(v, "layers")), "")
     cache = kwargs.get(cache_name)
-    cache_of: dict[int, tuple[int, str]] = {}
-    for index, layer in enumerate(getattr(cache, "layers", ())):
+    cache_of: dict[int, tuple[dict[str, Any], str]] = {}
+    for layer in getattr(cache, "layers", ()):
         for name, value in vars(layer).items():
-            if isinstance(value, torch.Tensor):
-                cache_of[id(value)] = (index, name)
-    arguments: list[tuple[int, FromKeyword | FromCache | Same]] = []
+            if type(value) is PlacedTensor:
+                cache_of[id(value)] = (vars(layer), name)
+    cached, keywords, sizes = [], [], []
     for position, slot in call.program.arguments:
         value = call.args[position]
         if id(value) in keyword_of:
-            arguments.append((slot, FromKeyword(keyword_of[id(value)])))
-        elif id(value) in cache_of and type(value) is PlacedTensor:
-            arguments.append((slot, FromCache(*cache_of[id(value)], value)))
+            keywords.append((slot, keyword_of[id(value)]))
+        elif id(value) in cache_of:
+            cached.append((slot, *cache_of[id(value)], value, value.physical))
         elif isinstance(value, int):
-            arguments.append((slot, Same(value)))
+            sizes.append((slot, value))
         else:
             return None
     fields = _output_fields(output, call, kwargs)
@@ -166,7 +169,9 @@ def note_call(kwargs: dict[str, Any], call: Call, output: Any) -> DirectCall | N
         program=call.program,
         cache=weakref.ref(cache) if cache is not None else None,
         cache_name=cache_name,
-        arguments=arguments,
+        cached=cached,
+        keywords=keywords,
+        sizes=sizes,
         output_type=type(output),
         fields=fields,
         weights=call.program.weight_slots(),

@@ -31,6 +31,8 @@ class AssignDevices(Pass):
                 producer = node.args[0]
                 assert isinstance(producer, fx.Node)
                 device = info(producer).device
+            elif module == "" and (followed := self._producer(node)) is not None:
+                device = info(followed).device
             else:
                 if module not in by_module:
                     by_module[module] = context.resolution.glue_device(module, context.phase)
@@ -41,6 +43,12 @@ class AssignDevices(Pass):
         context.record(
             Rewrite(what="devices assigned: " + ", ".join(f"{n} nodes on {d}" for d, n in sorted(counts.items())))
         )
+
+    @staticmethod
+    def _producer(node: fx.Node) -> fx.Node | None:
+        """What the model's own forward does between modules runs where its input was computed: the last hidden states
+        are sliced on the last GPU, not sent to the first."""
+        return next((a for a in node.all_input_nodes if a.op == "call_function" and info(a).device is not None), None)
 
     def _note_out_devices(self, gm: fx.GraphModule, context: PassContext) -> None:
         for node in gm.graph.nodes:

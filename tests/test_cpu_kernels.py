@@ -362,3 +362,22 @@ def test_status_names_the_isa():
     status = cpu_kernels_status()
     assert status.path == "native" and status.isa in native.isas() and status.isa in str(status)
     assert status.threads == native.lib().ktfx_threads()
+
+
+@pytest.mark.parametrize("weights", ["int8", "int4", "mxfp4"])
+@pytest.mark.parametrize("rows", [5, 6, 7])
+def test_few_rows_an_expert_over_many_inputs(weights, rows):
+    """Five and six rows are one row block and still take a panel, which holds 512 inputs at a time."""
+    g = torch.Generator().manual_seed(rows)
+    spec = ExpertsSpec(num_experts=2, hidden=1152, intermediate=640, weights=weights)
+    tensors = {
+        "gate_up": torch.randn(2, 1280, 1152, generator=g) * 0.05,
+        "down": torch.randn(2, 1152, 640, generator=g) * 0.05,
+    }
+    packed = native.pack(spec, tensors)
+    x = torch.randn(rows, 1152, generator=g)
+    ids = torch.zeros(rows, 1, dtype=torch.int64)
+    routing = torch.rand(rows, 1, generator=g)
+    got = native.forward(spec, x, ids, routing, packed)
+    want = reference_experts(spec, x, ids, routing, native.dequantised(spec, packed))
+    assert (got - want).norm() / want.norm() < 6e-3

@@ -209,7 +209,8 @@ void multiply(const Run& r, const ktfx_matrix& m, const uint8_t* w, int tiles, c
   const PanelKind& kind = down ? r.h_kind : r.x_kind;
   const int parts = chunk.last - chunk.first;
   const bool unpack = chunk.rows > kt.rows_direct && m.format != KTFX_FMT_F32 && m.format != KTFX_FMT_BF16;
-  const int step = unpack && kind.panel == kPanelF32 ? kInputBlock / 2 : parts > 1 ? kInputBlock : m.Kp;
+  // A panel holds kInputBlock inputs of two bytes, or half as many floats, however few row blocks share it.
+  const int step = unpack ? (kind.panel == kPanelF32 ? kInputBlock / 2 : kInputBlock) : parts > 1 ? kInputBlock : m.Kp;
   const int64_t bits = input_bits(m.format) * kTile;
   for (int k = 0; k < m.Kp; k += step)
     for (int t = 0; t < tiles; ++t) {

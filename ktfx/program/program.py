@@ -192,6 +192,8 @@ class Program:
     _bound_indexes: list[int] = field(default_factory=list)
     _bound_tensors: list[torch.Tensor] = field(default_factory=list)
     _bound_versions: list[int] = field(default_factory=list)
+    _counted: list[torch.Tensor] = field(default_factory=list)
+    _counted_versions: list[int] = field(default_factory=list)
     timeline: list[tuple[str, float, float]] | None = None
 
     def __post_init__(self) -> None:
@@ -209,6 +211,8 @@ class Program:
         self._bound_indexes = [b.index for b in self.bound]
         self._bound_tensors = [b.tensor for b in self.bound]
         self._bound_versions = [version_of(t) for t in self._bound_tensors]
+        self._counted = [t for t in self._bound_tensors if not t.is_inference()]
+        self._counted_versions = [t._version for t in self._counted]
 
     def __call__(self, *args: Any) -> list[Any]:
         slots = self._current_template(args).copy()
@@ -223,7 +227,7 @@ class Program:
 
     def run(self, values: list[tuple[int, Any]]) -> list[Any] | None:
         """Run on values already unwrapped, by slot; None if a bound weight was written to since (renew it first)."""
-        if [version_of(t) for t in self._bound_tensors] != self._bound_versions:
+        if [t._version for t in self._counted] != self._counted_versions:
             return None
         slots = self._template.copy()
         for slot, value in values:
