@@ -18,6 +18,7 @@ from ktfx.program.build import BuiltProgram
 from ktfx.program.program import CallLog
 from ktfx.resolve import Resolution, resolve
 from ktfx.ruleset import Ruleset, load_ruleset
+from ktfx.unbuilt import check_ops
 from ktfx.weights import WeightStore
 
 
@@ -82,9 +83,10 @@ def model_state(model: nn.Module, options: CompileOptions, logical: torch.device
 
         load_ops()
         check_budget(model, resolution, devices, options.memory, logical_name)
+        unbuilt = check_ops(resolution)
         store = WeightStore(model, devices, logical_name)
         state = states[key] = ModelState(ruleset, resolution, devices, logical_name, store, options)
-        _warn(resolution.warnings)
+        _warn([*resolution.warnings, *unbuilt])
     return state
 
 

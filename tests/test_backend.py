@@ -440,5 +440,22 @@ def test_a_named_op_that_cannot_take_the_layout_is_an_error_a_role_falls_back(mo
     assert any(issubclass(w.category, KtfxWarning) and "experts.aten" in str(w.message) for w in caught)
 
 
+def test_an_op_that_is_not_built_is_never_ignored_in_silence(model):
+    named = {**RULES, "rules": [{"match": {"name": "lm_head"}, "replace": {"op": "linear.triton", "weights": "int4"}}]}
+    with pytest.raises(PlacementError, match=r"rule 1, module 'lm_head': linear.triton is not built yet"):
+        ktfx.compile(model, named, **EAGER)
+    kt_file = [
+        {
+            "match": {"class": "torch.nn.Linear"},
+            "replace": {
+                "class": "ktransformers.operators.linear.KTransformersLinear",
+                "kwargs": {"generate_device": "cuda:0", "generate_op": "KLinearMarlin"},
+            },
+        }
+    ]
+    with pytest.warns(KtfxWarning, match="not built yet: 9 modules"):
+        ktfx.compile(model, kt_file, **EAGER)
+
+
 def test_devices_are_the_tutorials():
     assert DEVICES["host"] == "cpu"
