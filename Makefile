@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.ktfx-ready
 PACKAGE := pyproject.toml setup.py $(wildcard ktfx/cpu_kernels/*.cpp ktfx/cpu_kernels/*.h ktfx/cpu_kernels/*.inl)
 
-.PHONY: help setup demo test lint bench native-sanitize clean
+.PHONY: help setup demo test test-slow lint bench native-sanitize clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 18
@@ -38,8 +38,11 @@ lint: setup ## ruff and mypy
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-test: lint ## every check and test; about ten minutes on two cores
-	$(BIN)/python -m pytest
+test: lint ## every check, and every test but the slow ones
+	$(BIN)/python -m pytest -m "not slow"
+
+test-slow: setup ## the tests marked slow: Inductor demos, 12-layer sharing, every shipped rule file, benchmarks' checks
+	$(BIN)/python -m pytest -m slow
 
 bench: setup ## the pytest-benchmark suites
 	$(BIN)/python -m pytest tests/benchmarks --benchmark-only

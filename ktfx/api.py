@@ -22,6 +22,7 @@ from ktfx.options import CompileOptions, RulesSource, parse_options
 from ktfx.state import ModelState, forget, model_state, states_of
 
 _ATTRIBUTE = "_ktfx_compiled"
+RECOMPILE_LIMIT = 64
 
 
 @dataclass
@@ -164,8 +165,10 @@ def _wrap(
         cache = kwargs.get("past_key_values")
         if cache is not None:
             place_cache(cache, model_of(), original, args, kwargs, state.resolution, state.devices, logical, shapes)
-        # A float attribute (a scale) that differs between two models must not become a graph input (torch 2.11).
-        before, dynamo.specialize_float = dynamo.specialize_float, True
+        # A float attribute (a scale) that differs between two models must not become a graph input (torch 2.11). The
+        # limit counts the graphs of all models that share one forward: three models would reach the default of 8.
+        before = dynamo.specialize_float, dynamo.recompile_limit
+        dynamo.specialize_float, dynamo.recompile_limit = True, max(RECOMPILE_LIMIT, before[1])
         try:
             return through_dynamo(args, kwargs)
         except torch._dynamo.exc.BackendCompilerFailed as error:
@@ -173,7 +176,7 @@ def _wrap(
                 raise error.inner_exception from None
             raise
         finally:
-            dynamo.specialize_float = before
+            dynamo.specialize_float, dynamo.recompile_limit = before
 
     def through_dynamo(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         nonlocal in_pieces
