@@ -114,8 +114,7 @@ class WeightStore:
         if entry is None:
             source = self.tensor(name)
             own = _own_place(source, self.logical_name) == device
-            physical = physical_of(source).detach()
-            tensor = physical if own else _copy_to(physical, self.devices[device], name, device)
+            tensor = self.copy_of(source, name, device)
             entry = StoredWeight((key[0],), device, "model", [tensor], owned=not own)
             entry.sources = [self._stamp(name)]
             self._entries[key] = entry
@@ -134,8 +133,7 @@ class WeightStore:
         return entry.tensors
 
     def _pack(self, request: WeightRequest, device: str) -> list[torch.Tensor]:
-        tensors = {part: physical_of(self.tensor(name)).detach() for part, name in request.parts}
-        return request.pack(tensors, self.devices[device])
+        return self.pack_of(request, {}, device)
 
     def _stamp(self, name: str) -> tuple[str, int, int]:
         tensor = self.tensor(name)
