@@ -17,7 +17,7 @@ from ktfx.options import CompileOptions, parse_options
 from ktfx.pass_manager import PassContext, build_pipeline, run_pipeline
 from ktfx.program.build import build_program
 from ktfx.progress import report as report_progress
-from ktfx.state import GraphReport, _warn, forget_graphs, model_state
+from ktfx.state import GraphReport, emit_warnings, forget_graphs, model_state
 from ktfx.verify import verified
 
 
@@ -41,7 +41,7 @@ def compile_graph(
     report_progress("capture")
     captured = capture(gm, example_inputs, model=model, query_input=options.query_input)
     state = model_state(captured.model, options, captured.logical)
-    context = PassContext(captured, state.resolution, state.devices, state.logical_name)
+    context = PassContext(captured, state.resolution, state.devices, state.logical_name, count=state.count)
     captured_at = time.perf_counter()
 
     report_progress("passes")
@@ -62,7 +62,7 @@ def compile_graph(
             partial(report_progress, "compile"),
             state.log,
         )
-    _warn(context.warnings)
+    emit_warnings(context.warnings)
     report = GraphReport(
         phase=captured.phase,
         phase_reason=captured.phase_reason,

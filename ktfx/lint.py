@@ -238,7 +238,8 @@ def _against(ruleset: Ruleset, model: nn.Module) -> list[Finding]:
     return found
 
 
-def _facts(placement: ModulePlacement, ruleset: Ruleset, model: nn.Module) -> ModuleFacts:
+def facts_of(placement: ModulePlacement, ruleset: Ruleset, model: nn.Module) -> ModuleFacts:
+    """What the rules can ask about one placed module of ``model`` (which may be on the meta device)."""
     old = kt_compat.old_path(placement.module, kt_compat.family_of_model(model))
     return ModuleFacts(
         placement.module,
@@ -252,7 +253,7 @@ def _facts(placement: ModulePlacement, ruleset: Ruleset, model: nn.Module) -> Mo
 
 
 def _useless_rules(ruleset: Ruleset, resolution: Resolution, model: nn.Module) -> list[Finding]:
-    facts = [_facts(p, ruleset, model) for p in resolution.placements.values()]
+    facts = [facts_of(p, ruleset, model) for p in resolution.placements.values()]
     used = {p.rule.number for p in resolution.placements.values() if p.rule is not None}
     found = []
     for rule in ruleset.module_rules:

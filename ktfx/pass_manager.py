@@ -36,7 +36,7 @@ class Rewrite:
 
     rule: label of the rule that asked for it, None for a default pass. origin: where that rule stands.
     module: the dotted path of the region. before, after: op names. nodes_before, nodes_after: the nodes' names.
-    number: its place among all rewrites of the run, from 1 (what bisection counts).
+    number: its place among all rewrites of the run, all graphs together, from 1 (what bisection counts).
     """
 
     what: str
@@ -60,12 +60,24 @@ class Miss:
 
 
 @dataclass
+class RunCount:
+    """How many optional passes and optional rewrites the graphs of one run have counted, run or not.
+
+    One model's graphs share it, so that a number names one rewrite of one graph.
+    """
+
+    passes: int = 0
+    rewrites: int = 0
+
+
+@dataclass
 class PassContext:
     """What a pass may read besides the graph, and where it leaves what is not in the graph.
 
     captured: the graph's ends (inputs, writes, phase). resolution: module path → placement. devices: name → device.
     packed: placeholder name → the packed weight it stands for; passes that add such a placeholder add it here.
     logical_name: the device name where inputs come from and outputs go back to.
+    count: what the run's graphs have counted so far; bisect_limit, pass_limit: at which numbers bisection stops.
     """
 
     captured: Captured
@@ -79,7 +91,7 @@ class PassContext:
     bisect_limit: int | None = None
     pass_limit: int | None = None
     partitioning: Any = None
-    _count: int = 0
+    count: RunCount = field(default_factory=RunCount)
 
     @property
     def phase(self) -> str:
@@ -87,16 +99,18 @@ class PassContext:
 
     def allows(self, what: str, module: str) -> bool:
         """Count one optional rewrite; False if bisection stops before it. Call it right before the edit."""
-        self._count += 1
+        self.count.rewrites += 1
+        number = self.count.rewrites
         if self.bisect_limit is None:
             return True
-        allowed = self._count <= self.bisect_limit
-        print(f"ktfx bisect: {'running' if allowed else 'NOT running'} rewrite ({self._count}) {what} on {module!r}")
+        allowed = number <= self.bisect_limit
+        word = "running" if allowed else "NOT running"
+        print(f"ktfx bisect: {word} rewrite ({number}) {what} on {module!r} in {self.phase}")
         return allowed
 
     def record(self, rewrite: Rewrite) -> None:
         self.rewrites.append(
-            Rewrite(**{**{f.name: getattr(rewrite, f.name) for f in fields(rewrite)}, "number": self._count})
+            Rewrite(**{**{f.name: getattr(rewrite, f.name) for f in fields(rewrite)}, "number": self.count.rewrites})
         )
 
     def miss(self, module: str, why: str, rule: str | None = None) -> None:
@@ -252,12 +266,12 @@ def run_pipeline(
     context.pass_limit = _limit("KTFX_BISECT_PASSES", "optional passes", context.pass_limit)
     signature = _signature(gm.graph)
     records: list[PassRecord] = []
-    graph_before = _copy(gm) if keep_graphs else None
-    optional, placed = 0, False
+    graph_before = copy_graph(gm) if keep_graphs else None
+    placed = False
     for current in pipeline:
         if current.name not in REQUIRED:
-            optional += 1
-            if not _pass_allowed(optional, current.name, context):
+            context.count.passes += 1
+            if not _pass_allowed(current.name, context):
                 continue
         placed = placed or current.name == "insert_transfers"
         ops_before = _count_ops(gm.graph)
@@ -274,7 +288,7 @@ def run_pipeline(
             ) from error
         seconds = time.perf_counter() - start
         _check(current.name, gm, context, signature, placed)
-        graph_after = _copy(gm) if keep_graphs else None
+        graph_after = copy_graph(gm) if keep_graphs else None
         record = PassRecord(
             name=current.name,
             options=current.options,
@@ -302,15 +316,17 @@ def _limit(variable: str, counted: str, otherwise: int | None) -> int | None:
     return int(text)
 
 
-def _pass_allowed(number: int, name: str, context: PassContext) -> bool:
+def _pass_allowed(name: str, context: PassContext) -> bool:
     if context.pass_limit is None:
         return True
-    allowed = number <= context.pass_limit
-    print(f"ktfx bisect: {'running' if allowed else 'NOT running'} pass ({number}) {name}")
+    allowed = context.count.passes <= context.pass_limit
+    word = "running" if allowed else "NOT running"
+    print(f"ktfx bisect: {word} pass ({context.count.passes}) {name} in {context.phase}")
     return allowed
 
 
-def _copy(gm: fx.GraphModule) -> fx.GraphModule:
+def copy_graph(gm: fx.GraphModule) -> fx.GraphModule:
+    """A copy whose nodes share their meta's values with the original's; its Python code is made when first asked for."""
     graph = fx.Graph()
     env: dict[fx.Node, fx.Node] = {}
     output = graph.graph_copy(gm.graph, env)

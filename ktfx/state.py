@@ -13,7 +13,7 @@ from torch import nn
 from ktfx.devices import DeviceMap, device_map, written_device
 from ktfx.errors import KtfxWarning
 from ktfx.options import CompileOptions
-from ktfx.pass_manager import PassContext, PassRecord
+from ktfx.pass_manager import PassContext, PassRecord, RunCount
 from ktfx.program.build import BuiltProgram
 from ktfx.program.program import CallLog
 from ktfx.resolve import Resolution, resolve
@@ -52,7 +52,7 @@ class GraphReport:
 
 @dataclass
 class ModelState:
-    """A model under one set of options."""
+    """A model under one set of options. count: the passes and rewrites that its graphs have counted so far."""
 
     ruleset: Ruleset
     resolution: Resolution
@@ -61,6 +61,7 @@ class ModelState:
     store: WeightStore
     options: CompileOptions
     log: CallLog = field(default_factory=CallLog)
+    count: RunCount = field(default_factory=RunCount)
     graphs: list[GraphReport] = field(default_factory=list)
 
 
@@ -86,7 +87,7 @@ def model_state(model: nn.Module, options: CompileOptions, logical: torch.device
         unbuilt = check_ops(resolution)
         store = WeightStore(model, devices, logical_name)
         state = states[key] = ModelState(ruleset, resolution, devices, logical_name, store, options)
-        _warn([*resolution.warnings, *unbuilt])
+        emit_warnings([*resolution.warnings, *unbuilt])
     return state
 
 
@@ -126,7 +127,8 @@ def name_of_logical(ruleset: Ruleset, logical: torch.device) -> str:
     return plain
 
 
-def _warn(texts: tuple[str, ...] | list[str]) -> None:
+def emit_warnings(texts: tuple[str, ...] | list[str]) -> None:
+    """Each text as a ``KtfxWarning``."""
     import warnings
 
     for text in texts:

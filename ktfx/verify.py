@@ -82,8 +82,8 @@ def check_passes(
 ) -> dict[str, float]:
     """Largest relative error of any output for each pass; raises at the first over the tolerance."""
     errors: dict[str, float] = {}
-    substitutes = _dequantised_weights(context, store)
-    slack = _slack(context)
+    substitutes = dequantised_weights(context, store)
+    slack = quantisation_slack(context)
     before: _Recorder | None = None
     with torch.no_grad():
         for record in records:
@@ -129,9 +129,9 @@ def check_program(
     assert last.graph_after is not None
     with torch.no_grad():
         run = _Recorder(last.graph_after)
-        expected = run.run(*_inputs(last.graph_after, args, context, store, _dequantised_weights(context, store)))
+        expected = run.run(*_inputs(last.graph_after, args, context, store, dequantised_weights(context, store)))
         outputs = program(*args)
-    slack = _slack(context)
+    slack = quantisation_slack(context)
     writes = context.captured.writes
     index = {n: context.captured.inputs[n].index for _, n in writes}
     pairs = [(f"cache {name}", expected[i], args[index[name]]) for i, name in writes]
@@ -152,7 +152,8 @@ def check_program(
     return outputs
 
 
-def _slack(context: PassContext) -> float:
+def quantisation_slack(context: PassContext) -> float:
+    """The relative error that quantised activations explain: 0 where none of the graph's kernels quantises them."""
     quantised = any(p.request.activations != "model" for p in context.packed.values())
     return QUANTISED_ACTIVATIONS if quantised else 0.0
 
@@ -185,7 +186,7 @@ def _device_of(parameter: str, context: PassContext) -> str:
     return context.resolution.glue_device(parameter.rpartition(".")[0], context.phase)
 
 
-def _dequantised_weights(context: PassContext, store: WeightStore) -> dict[str, torch.Tensor]:
+def dequantised_weights(context: PassContext, store: WeightStore) -> dict[str, torch.Tensor]:
     """For quantised kernels, the weights they really compute with, as the model would hold them."""
     result: dict[str, torch.Tensor] = {}
     for weight in context.packed.values():

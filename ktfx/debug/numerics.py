@@ -19,7 +19,7 @@ from ktfx.debug.snapshot import NodeLine, Snapshot, boundary_nodes, snapshot
 from ktfx.errors import OptionError
 from ktfx.graph import info, output_node
 from ktfx.pass_manager import PassContext, PassRecord
-from ktfx.verify import TOLERANCE, _slack, relative_error
+from ktfx.verify import TOLERANCE, quantisation_slack, relative_error
 
 REFERENCES = {"float64": torch.float64, "float32": torch.float32}
 CAPTURED = "as captured"
@@ -134,7 +134,7 @@ def _failing_pass(replay: Replay, records: Sequence[PassRecord]) -> str:
 
 def _dtype_tolerance(value: Any, context: PassContext) -> float:
     own = TOLERANCE.get(value.dtype, 1e-4) if isinstance(value, torch.Tensor) else 1e-4
-    return max(own, _slack(context))
+    return max(own, quantisation_slack(context))
 
 
 def json_number(value: float) -> float | str:

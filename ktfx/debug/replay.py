@@ -14,9 +14,9 @@ from torch import fx
 from ktfx.debug.inputs import packed_values
 from ktfx.errors import KtfxError, OptionError
 from ktfx.graph import placeholders
-from ktfx.pass_manager import Pass, PassContext, PassRecord, _copy, build_pipeline, run_pipeline
+from ktfx.pass_manager import Pass, PassContext, PassRecord, RunCount, build_pipeline, copy_graph, run_pipeline
 from ktfx.state import GraphReport, ModelState
-from ktfx.verify import TOLERANCE, _dequantised_weights, _slack
+from ktfx.verify import TOLERANCE, dequantised_weights, quantisation_slack
 
 
 @dataclass
@@ -49,7 +49,7 @@ class Replay:
         """A fresh context over a copy of the captured graph."""
         old = self.report.context
         assert old is not None
-        gm = _copy(self.captured_graph)
+        gm = copy_graph(self.captured_graph)
         names = {n.name for n in placeholders(gm.graph)}
         inputs = {n: e for n, e in old.captured.inputs.items() if n in names}
         captured = replace(old.captured, gm=gm, inputs=inputs, writes=list(old.captured.writes))
@@ -100,7 +100,7 @@ class Replay:
 
     def dequantised(self, context: PassContext) -> dict[str, torch.Tensor]:
         """For quantised kernels, the weights they really compute with, as the model would hold them."""
-        return _dequantised_weights(context, self.state.store)
+        return dequantised_weights(context, self.state.store)
 
 
 class PassFailure(Exception):
@@ -126,10 +126,10 @@ class Replayed:
     @property
     def count(self) -> int:
         """How many rewrites were counted, run or not."""
-        return self.context._count
+        return self.context.count.rewrites
 
 
 def tolerance_for(values: Any, context: PassContext) -> float:
     """The largest error that rounding explains, by the coarsest floating dtype among the values."""
     dtypes = [v.dtype for v in values if isinstance(v, torch.Tensor) and v.dtype in TOLERANCE]
-    return max([*(TOLERANCE[d] for d in dtypes), _slack(context)], default=1e-4)
+    return max([*(TOLERANCE[d] for d in dtypes), quantisation_slack(context)], default=1e-4)

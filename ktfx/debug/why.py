@@ -12,7 +12,7 @@ from torch import fx, nn
 
 from ktfx.errors import OptionError
 from ktfx.graph import info
-from ktfx.lint import _facts
+from ktfx.lint import facts_of
 from ktfx.resolve import ModuleFacts, Resolution, class_matches, name_matches, rule_matches
 from ktfx.ruleset import Rule, Ruleset
 from ktfx.text import near
@@ -163,7 +163,7 @@ def _facts_of(ruleset: Ruleset, resolution: Resolution, model: nn.Module, module
             f"the model has no module {module!r}{near(module, resolution.placements)}",
             expected="a dotted module path, as `ktfx resolve` prints them",
         )
-    return _facts(placement, ruleset, model)
+    return facts_of(placement, ruleset, model)
 
 
 def find_rule(ruleset: Ruleset, text: str) -> Rule:
