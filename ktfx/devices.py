@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from ktfx.errors import KtfxError, OptionError, Origin, PlacementError, RuleError
-from ktfx.yaml_source import did_you_mean
+from ktfx.text import did_you_mean
 
 if TYPE_CHECKING:
     from ktfx.ruleset import Ruleset

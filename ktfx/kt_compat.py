@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ktfx.errors import Origin, RuleError
-from ktfx.yaml_source import did_you_mean
+from ktfx.text import did_you_mean
 
 DEFAULT_DEVICE = "cuda:0"
 DEFAULT_CLASS = "default"

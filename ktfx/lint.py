@@ -21,7 +21,7 @@ from ktfx.ops.experts_layout import experts_layout
 from ktfx.resolve import ModuleFacts, ModulePlacement, Resolution, name_matches, resolve, rule_matches
 from ktfx.rule_parser import parse_rules
 from ktfx.ruleset import Rule, Ruleset, read_source
-from ktfx.yaml_source import did_you_mean
+from ktfx.text import did_you_mean
 
 CODES = {
     "invalid": "the file, or a rule in it, cannot be read",

@@ -6,7 +6,7 @@ from ktfx.errors import Origin, RuleError, WeightError
 from ktfx.formats import parse_format
 from ktfx.ops import load_ops
 from ktfx.ops.experts import experts_kernel_names
-from ktfx.yaml_source import did_you_mean
+from ktfx.text import did_you_mean
 
 # The names of ktfx's own kernels. Experts kernels are also registered by name, from other packages too.
 _FAMILIES: dict[str, tuple[str, ...]] = {

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 
 from ktfx.errors import Origin, RuleError
-from ktfx.yaml_source import did_you_mean, near
+from ktfx.text import did_you_mean, nearest
 
 MAX_LENGTH = 4000
 MAX_DEPTH = 40
@@ -222,7 +222,7 @@ class _Reader:
 
     def check_spelling(self, node: ast.expr, namespace: str, op: str) -> None:
         """Refuse a misspelt namespace or aten operator; operators of other libraries are known only when loaded."""
-        meant = near(namespace, NAMESPACES)
+        meant = nearest(namespace, NAMESPACES)
         if namespace not in NAMESPACES and meant is not None:
             raise self.error(node, f"no operator namespace {namespace!r}", f"did you mean {meant!r}?")
         if namespace == "aten" and not hasattr(torch.ops.aten, op):

@@ -14,6 +14,7 @@ from ktfx.patterns import Expression, captures, parse_pattern
 from ktfx.roles import ROLES
 from ktfx.rule_schema import KT_SCHEMA, SCHEMA
 from ktfx.ruleset import LayerRange, Match, PassRequest, PhaseAction, Replace, Rule, Ruleset, Where
+from ktfx.text import did_you_mean
 from ktfx.yaml_source import (
     Entry,
     Items,
@@ -21,7 +22,6 @@ from ktfx.yaml_source import (
     Scalar,
     Table,
     boolean,
-    did_you_mean,
     items,
     kind_of,
     known_keys,
@@ -209,7 +209,7 @@ class _Parser:
             raise RuleError(
                 f"a pass has {len(entries)} keys",
                 origin=node.origin,
-                expected="a name, or one name with its options: - fuse_norms: {kernel: triton}",
+                expected="a name, or one name with its options: - fuse_norms: {device: cuda}",
                 mend="start each pass with its own '-'",
             )
         name, value = entries[0].key.text, entries[0].value

@@ -11,7 +11,8 @@ from typing import Any
 
 from ktfx.errors import Origin, RuleError
 from ktfx.patterns import Expression
-from ktfx.yaml_source import Node, near, read_file, read_python, read_text
+from ktfx.text import nearest
+from ktfx.yaml_source import Node, read_file, read_python, read_text
 
 
 @dataclass(frozen=True)
@@ -195,7 +196,7 @@ def read_source(source: str | Path | Mapping[str, Any] | Sequence[Any]) -> Node:
         return read_text(file.read_text(encoding="utf-8"), f"{name}.yaml")
     if path.is_dir():
         raise RuleError("a directory is no rule file", origin=Origin(str(path)), mend="name the .yaml file in it")
-    meant = near(name, shipped)
+    meant = nearest(name, shipped)
     raise RuleError(
         f"no such rule file: {str(source)[:200]!r}",
         expected="a path, or a shipped name: " + (", ".join(shipped) or "(none are shipped)"),

@@ -6,8 +6,7 @@ work; duplicate keys, tags of one's own, several documents, deep nesting and ali
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from typing import Any
 import yaml
 
 from ktfx.errors import Origin, RuleError
+from ktfx.text import did_you_mean
 
 MAX_BYTES = 1 << 20
 MAX_NODES = 20_000
@@ -65,18 +65,6 @@ class Table:
 
 
 Node = Scalar | Items | Table
-
-
-def near(word: str, known: Iterable[str], cutoff: float = 0.6) -> str | None:
-    """The known name that ``word`` most likely meant, or None."""
-    found = difflib.get_close_matches(word, list(known), n=1, cutoff=cutoff)
-    return found[0] if found else None
-
-
-def did_you_mean(word: str, known: Iterable[str]) -> str | None:
-    """A mend for a misspelt name, or None if nothing is near."""
-    name = near(word, known)
-    return f"did you mean {name!r}?" if name else None
 
 
 def read_file(path: Path) -> Node:

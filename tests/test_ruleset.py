@@ -23,7 +23,7 @@ default_device: gpu0
 layers: {0-29: gpu0, 30-59: gpu1}
 passes:
   - rewrite_experts
-  - fuse_norms: {kernel: triton}
+  - fuse_norms: {device: cuda}
 rules:
   - match: {name: '^model\.layers\.[4-8]\.mlp\.experts$'}
     replace: {op: experts.triton, weights: int4}
@@ -54,7 +54,7 @@ def test_the_example_of_the_design_is_read_whole() -> None:
     assert rules.passes is not None
     assert [(p.name, p.options, p.origin.line) for p in rules.passes] == [
         ("rewrite_experts", {}, 6),
-        ("fuse_norms", {"kernel": "triton"}, 7),
+        ("fuse_norms", {"device": "cuda"}, 7),
     ]
     first, second, third, fourth = rules.rules
     assert [r.label for r in rules.rules] == ["rule 1", "rule 2", "rule 3", "rule 4"]

@@ -30,7 +30,7 @@ from ktfx.program.program import (
     WriteBack,
 )
 from ktfx.program.units import UnitGraph, base_symbols, extract_unit
-from ktfx.weights import WeightStore, version_of
+from ktfx.weights import WeightStore
 
 
 @dataclass
@@ -316,5 +316,5 @@ def _bound_weights(gm: fx.GraphModule, context: PassContext, store: WeightStore)
     result = []
     for name, index in names.items():
         tensor = store.tensor(name)
-        result.append(BoundWeight(index, name, tensor, version_of(tensor)))
+        result.append(BoundWeight(index, name, tensor))
     return result

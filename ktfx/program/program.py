@@ -102,7 +102,6 @@ class BoundWeight:
     index: int
     name: str
     tensor: torch.Tensor
-    version: int
 
 
 @dataclass(frozen=True)
