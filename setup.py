@@ -19,7 +19,7 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 FOLDER = Path("ktfx") / "cpu_kernels"
-COMMON = ["experts", "pack", "async", "pool", "features", "measure", "isa_portable", "isa_amx_emulated"]
+COMMON = ["experts", "linear", "pack", "async", "pool", "features", "measure", "isa_portable", "isa_amx_emulated"]
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512vnni"]
 X86 = {"isa_avx2": AVX2, "isa_avx512": AVX512, "isa_amx": [*AVX512, "-mamx-tile", "-mamx-bf16"]}

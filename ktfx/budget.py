@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
 
 from ktfx.devices import DeviceMap
 from ktfx.errors import PlacementError
+from ktfx.linear_rules import keeps_parameter, linear_choice, packed_bytes
 from ktfx.ops.experts import experts_kernel, experts_kernel_names
 from ktfx.ops.experts_layout import experts_layout
+from ktfx.ops.linear import linear_kernel, linear_kernel_names
 from ktfx.resolve import ModulePlacement, Resolution
 from ktfx.text import human_bytes
+from ktfx.weight_requests import LINEAR
 
 
 @dataclass(frozen=True)
@@ -56,9 +59,14 @@ def _identity(tensor: torch.Tensor) -> object:
 
 
 def _packed_bytes(module: nn.Module, placement: ModulePlacement, phase: str) -> tuple[str, dict[str, int]] | None:
-    """(format, bytes of each parameter) where a kernel packs the module's experts, else None."""
-    from dataclasses import replace
-
+    """(format, bytes of each parameter) where a kernel packs the module's weights, else None."""
+    choice = linear_choice(module, placement, phase)
+    if choice is not None:
+        if choice.kernel not in linear_kernel_names() or keeps_parameter(choice):
+            return None
+        if linear_kernel(choice.kernel).unsupported(choice.spec, choice.dtype, torch.device("cpu")) is not None:
+            return None
+        return f"{LINEAR}{choice.kernel}:{choice.spec.weights}", {"weight": packed_bytes(choice)}
     at = placement.at(phase)
     kernel_name = (at.op or "").removeprefix("experts.")
     if placement.role != "experts" or not (at.op or "").startswith("experts.") or kernel_name == "aten":

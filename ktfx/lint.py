@@ -14,6 +14,7 @@ from torch import nn
 from ktfx import kt_compat
 from ktfx.devices import is_host, written_device
 from ktfx.errors import KtfxError, Origin, PlacementError, RuleError
+from ktfx.linear_rules import linear_choice, why_not
 from ktfx.op_names import family, runs_on_host
 from ktfx.ops import load_ops
 from ktfx.ops.experts import ExpertsSpec, experts_kernel, experts_kernel_names
@@ -26,7 +27,7 @@ from ktfx.text import did_you_mean
 CODES = {
     "invalid": "the file, or a rule in it, cannot be read",
     "cannot-hold": "a rule cannot hold for this model",
-    "layout": "an op cannot take the layout of the model's experts",
+    "layout": "an op cannot take the layout of the model's experts, or a linear layer",
     "matches-nothing": "a rule matches no module of this model",
     "shadowed": "every module that a rule matches is taken by earlier rules",
     "unanchored": "a regular expression stops inside a number: layers.1 also matches layer 10",
@@ -306,14 +307,17 @@ def _matches_nothing(rule: Rule, facts: Sequence[ModuleFacts]) -> Finding:
 
 
 def _layouts(resolution: Resolution, model: nn.Module) -> list[Finding]:
-    """Experts ops on layouts that they cannot take: one finding a rule, op and reason."""
+    """Experts and linear ops on layers that they cannot take: one finding a rule, op and reason."""
     seen: dict[tuple[int, str, str], list[str]] = {}
     rules: dict[int, Rule] = {}
     for placement in resolution.placements.values():
         for place, phase in ((placement.prefill, "prefill"), (placement.generate, "generate")):
-            if placement.rule is None or family(place.op) != "experts":
+            if placement.rule is None:
                 continue
-            why = _why_not(resolution, model, placement, phase)
+            if family(place.op) == "experts":
+                why = _why_not(resolution, model, placement, phase)
+            else:
+                why = _why_no_linear(resolution, model, placement, phase)
             if why is not None:
                 rules[placement.rule.number] = placement.rule
                 paths = seen.setdefault((placement.rule.number, str(place.op), why), [])
@@ -331,7 +335,7 @@ def _layouts(resolution: Resolution, model: nn.Module) -> list[Finding]:
                 f"{op} cannot take {paths[0]!r}{others}: {why}" + ("; aten runs it instead" if falls_back else ""),
                 rule.origin,
                 rule.label,
-                "use experts.aten" if falls_back else "use experts.aten, or add fallback: aten",
+                f"use {family(op) or 'linear'}.aten" + ("" if falls_back else ", or add fallback: aten"),
                 paths[0],
             )
         )
@@ -352,6 +356,14 @@ def _why_not(resolution: Resolution, model: nn.Module, placement: ModulePlacemen
     spec: ExpertsSpec = replace(layout.spec, weights=place.weights or "model")
     dtype = next(module.parameters()).dtype
     return experts_kernel(kernel).unsupported(spec, dtype, _real(place.device, resolution.ruleset))
+
+
+def _why_no_linear(resolution: Resolution, model: nn.Module, placement: ModulePlacement, phase: str) -> str | None:
+    choice = linear_choice(model.get_submodule(placement.module), placement, phase)
+    if choice is None:
+        return None
+    device = placement.at(phase).device
+    return why_not(choice, device, _real(device, resolution.ruleset), resolution.ruleset.devices)
 
 
 def _real(name: str, ruleset: Ruleset) -> torch.device:

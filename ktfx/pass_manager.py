@@ -78,6 +78,8 @@ class PassContext:
     packed: placeholder name → the packed weight it stands for; passes that add such a placeholder add it here.
     logical_name: the device name where inputs come from and outputs go back to.
     count: what the run's graphs have counted so far; bisect_limit, pass_limit: at which numbers bisection stops.
+    shared: name of a replaced node → (placeholder of the weight that it read, packed placeholder read instead), where
+        something else goes on reading that weight as it is (a tied embedding).
     """
 
     captured: Captured
@@ -85,6 +87,7 @@ class PassContext:
     devices: DeviceMap
     logical_name: str
     packed: dict[str, PackedWeight] = field(default_factory=dict)
+    shared: dict[str, tuple[str, str]] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
     misses: list[Miss] = field(default_factory=list)
     rewrites: list[Rewrite] = field(default_factory=list)
@@ -189,6 +192,7 @@ def registered_passes() -> dict[str, type[Pass]]:
 DEFAULT_PIPELINE = (
     "resolve_rules",
     "rewrite_experts",
+    "rewrite_linears",
     "match_patterns",
     "assign_devices",
     "insert_transfers",
@@ -416,6 +420,15 @@ def value_device(node: fx.Node, context: PassContext) -> str | None:
             return None if entry is None or not entry.mutated else (entry.home or context.logical_name)
         return entry.home or context.logical_name
     return info(node).device
+
+
+def packed_device(placeholder: str, context: PassContext) -> str:
+    """The device name where a packed weight is read."""
+    home = context.captured.inputs[placeholder].home
+    if home is not None:
+        return home
+    parameter = context.packed[placeholder].request.parts[0][1]
+    return context.resolution.glue_device(parameter.rpartition(".")[0], context.phase)
 
 
 def input_nodes(gm: fx.GraphModule, context: PassContext, *kinds: str) -> list[fx.Node]:

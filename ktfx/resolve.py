@@ -9,7 +9,8 @@ How a module gets its place, in ktfx's dialect:
 
 Only devices are inherited, never ops or weight formats. Under ``recursive: false`` no rule and no ``layers:`` entry
 applies: what lies inside follows the matched module. An op that runs on the host only, with no device given, runs on
-the first name in ``devices:`` that stands for the host.
+the first name in ``devices:`` that stands for the host. A format without an op means the kernel of the device:
+``experts.cpu`` or ``linear.cpu`` on the host, ``….triton`` elsewhere.
 
 In KTransformers' dialect nothing is inherited (but under ``recursive: false``): an unmatched module goes to ``cuda:0``.
 A phase for which a rule gives neither device nor op takes the other phase's, which is what KTransformers itself does:
@@ -486,6 +487,8 @@ class _Resolver:
             device = action.device
         elif runs_on_host(op):
             device = self.host()
+        if op is None and action.weights not in (None, "model"):
+            op = self.op_for_format(rule, str(action.weights), facts, device)
         if runs_on_host(op) and not is_host(device, self.ruleset.devices):
             raise PlacementError(
                 f"{action.kt_op or op} runs on the host, but the rule puts it on {device!r}",
@@ -496,6 +499,21 @@ class _Resolver:
                 mend=f"use device: {self.host()}, or an op for GPUs such as {family(op)}.triton",
             )
         return PhasePlacement(device, op, action.weights)
+
+    def op_for_format(self, rule: Rule, weights: str, facts: ModuleFacts, device: str) -> str | None:
+        """A rule that names a format and no op means the kernel of the device."""
+        kernel = "cpu" if is_host(device, self.ruleset.devices) else "triton"
+        for name in (f"experts.{kernel}", f"linear.{kernel}"):
+            if fits(name, facts.role, isinstance(facts.module, nn.Linear)):
+                return name
+        self.note(
+            "inert",
+            f"weights: {weights} has no effect on {facts.path!r}, which is {_a(facts.role)}: formats are for experts "
+            "and linear layers, and are not inherited",
+            rule.origin,
+            rule.label,
+        )
+        return None
 
     def host(self) -> str:
         """The name of the host: the first of ``devices:`` that stands for cpu, else ``cpu``."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -10,7 +10,7 @@ from torch import fx
 
 from ktfx.errors import VerifyError
 from ktfx.graph import info, op_name, placeholders
-from ktfx.pass_manager import PassContext, PassRecord
+from ktfx.pass_manager import PassContext, PassRecord, packed_device
 from ktfx.placed_tensor import PlacedTensor
 from ktfx.program.program import Program
 from ktfx.weights import WeightStore
@@ -56,12 +56,26 @@ _UNINITIALISED = ("aten.empty", "aten.new_empty")
 class _Recorder(fx.Interpreter):
     """Runs a graph and keeps (or compares) every node's value by name."""
 
-    def __init__(self, gm: fx.GraphModule, expected: dict[str, Any] | None = None, slack: float = 0.0) -> None:
+    def __init__(
+        self,
+        gm: fx.GraphModule,
+        expected: dict[str, Any] | None = None,
+        slack: float = 0.0,
+        shared: Mapping[str, tuple[str, torch.Tensor]] | None = None,
+    ) -> None:
         super().__init__(gm, garbage_collect_values=False)
+        self.shared = shared or {}
         self.values: dict[str, Any] = {}
         self.expected = expected
         self.slack = slack
         self.first_difference: tuple[fx.Node, float] | None = None
+
+    def fetch_args_kwargs_from_env(self, n: fx.Node) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        if n.name not in self.shared:
+            return super().fetch_args_kwargs_from_env(n)
+        weight, instead = self.shared[n.name]
+        args, kwargs = fx.node.map_arg((n.args, n.kwargs), lambda a: instead if a.name == weight else self.env[a])
+        return args, kwargs
 
     def run_node(self, n: fx.Node) -> Any:
         value = super().run_node(n)
@@ -83,6 +97,7 @@ def check_passes(
     """Largest relative error of any output for each pass; raises at the first over the tolerance."""
     errors: dict[str, float] = {}
     substitutes = dequantised_weights(context, store)
+    shared = _shared_weights(context, store)
     slack = quantisation_slack(context)
     before: _Recorder | None = None
     with torch.no_grad():
@@ -90,9 +105,9 @@ def check_passes(
             if record.graph_before is None or record.graph_after is None:
                 continue
             if before is None:
-                before = _Recorder(record.graph_before)
+                before = _Recorder(record.graph_before, shared=shared)
                 before.run(*_inputs(record.graph_before, args, context, store, substitutes))
-            after = _Recorder(record.graph_after, before.values, slack)
+            after = _Recorder(record.graph_after, before.values, slack, shared)
             out = after.run(*_inputs(record.graph_after, args, context, store, substitutes))
             errors[record.name] = _compare(record.name, before.values["output"], out, after, slack)
             before = after
@@ -170,8 +185,8 @@ def _inputs(
         entry = context.captured.inputs[node.name]
         if entry.kind == "packed":
             weight = context.packed[node.name]
-            device = _device_of(weight.request.parts[0][1], context)
-            values.append(store.packed(weight.request, device)[weight.index].to(context.captured.logical))
+            tensors = store.packed(weight.request, packed_device(node.name, context))
+            values.append(tensors[weight.index].to(context.captured.logical))
         elif entry.kind == "constant":
             values.append(context.captured.constants[node.name])
         elif entry.name in substitutes:
@@ -182,22 +197,33 @@ def _inputs(
     return values
 
 
-def _device_of(parameter: str, context: PassContext) -> str:
-    return context.resolution.glue_device(parameter.rpartition(".")[0], context.phase)
-
-
 def dequantised_weights(context: PassContext, store: WeightStore) -> dict[str, torch.Tensor]:
     """For quantised kernels, the weights they really compute with, as the model would hold them."""
     result: dict[str, torch.Tensor] = {}
-    for weight in context.packed.values():
+    shared = {packed for _, packed in context.shared.values()}
+    apart = {context.packed[name].request for name in shared}
+    for placeholder, weight in context.packed.items():
         request = weight.request
-        if request.parts[0][1] in result:
+        if request in apart or request.parts[0][1] in result:
             continue
-        device = _device_of(request.parts[0][1], context)
-        plain = request.model_weights(store.packed(request, device))
+        plain = request.model_weights(store.packed(request, packed_device(placeholder, context)))
         if plain is None:
             continue
         for part, name in request.parts:
             own = store.tensor(name)
             result[name] = plain[part].to(own.device, own.dtype)
+    return result
+
+
+def _shared_weights(context: PassContext, store: WeightStore) -> dict[str, tuple[str, torch.Tensor]]:
+    """Node → (placeholder, what it reads in its place), for weights that only some of their readers have quantised."""
+    result: dict[str, tuple[str, torch.Tensor]] = {}
+    for node, (placeholder, packed) in context.shared.items():
+        request = context.packed[packed].request
+        plain = request.model_weights(store.packed(request, packed_device(packed, context)))
+        if plain is None:
+            continue
+        ((part, name),) = request.parts
+        own = store.tensor(name)
+        result[node] = (placeholder, plain[part].to(own.device, own.dtype))
     return result

@@ -10,8 +10,10 @@ import torch
 
 from ktfx.errors import WeightError
 from ktfx.ops.experts import ExpertsSpec, experts_kernel
+from ktfx.ops.linear import LinearSpec, linear_kernel
 
 MERGED = "merged"
+LINEAR = "linear."
 
 Parts = tuple[tuple[str, str], ...]
 
@@ -89,6 +91,38 @@ def _model_layout(spec: ExpertsSpec, part: str, plain: torch.Tensor) -> torch.Te
 
 
 @dataclass(frozen=True)
+class LinearRequest:
+    """The weight of one linear layer in a kernel's own layout.
+
+    kernel: ``linear.<name>``. parts: one pair, (``weight``, dotted parameter name).
+    """
+
+    kernel: str
+    spec: LinearSpec
+    parts: Parts
+
+    @property
+    def activations(self) -> str:
+        return self.spec.activations
+
+    @property
+    def format(self) -> str:
+        return f"{self.kernel}:{self.spec.weights}"
+
+    @property
+    def spec_text(self) -> str:
+        return self.spec.encode()
+
+    def pack(self, tensors: Mapping[str, torch.Tensor], device: torch.device) -> list[torch.Tensor]:
+        return linear_kernel(self.kernel.removeprefix(LINEAR)).pack(self.spec, tensors["weight"], device)
+
+    def model_weights(self, packed: Sequence[torch.Tensor]) -> dict[str, torch.Tensor] | None:
+        if self.spec.weights == "model":
+            return None
+        return {"weight": linear_kernel(self.kernel.removeprefix(LINEAR)).dequantised(self.spec, list(packed))}
+
+
+@dataclass(frozen=True)
 class MergedRequest:
     """Parameters one above the other (along dimension 0), as one linear layer reads them. No number is changed."""
 
@@ -113,4 +147,6 @@ def request_of(kernel: str, spec_text: str, parts: Parts) -> WeightRequest:
         raise WeightError(
             f"{spec_text[:60]!r} is no spec of the kernel {kernel!r}", mend="dump the graph again with this version"
         )
+    if kernel.startswith(LINEAR):
+        return LinearRequest(kernel, LinearSpec.decode(spec_text), parts)
     return PackedRequest(kernel, ExpertsSpec.decode(spec_text), parts)

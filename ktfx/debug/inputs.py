@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ktfx.pass_manager import packed_device
 from ktfx.placed_tensor import PlacedTensor
 
 if TYPE_CHECKING:
@@ -49,8 +50,8 @@ def packed_values(context: PassContext, store: WeightStore) -> dict[str, torch.T
     """The packed weights that the rewritten graph reads, on the logical device."""
     values: dict[str, torch.Tensor] = {}
     for name, weight in context.packed.items():
-        device = context.resolution.glue_device(weight.request.parts[0][1].rpartition(".")[0], context.phase)
-        values[name] = store.packed(weight.request, device)[weight.index].to(context.captured.logical)
+        tensors = store.packed(weight.request, packed_device(name, context))
+        values[name] = tensors[weight.index].to(context.captured.logical)
     return values
 
 

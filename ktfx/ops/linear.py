@@ -1,4 +1,7 @@
-"""The linear family: ``ktfx::linear_quant``, its kernels' registry, and the kernels ``reference`` and ``triton``."""
+"""The linear family: ``ktfx::linear_quant``, its kernels' registry, and the kernels ``reference`` and ``triton``.
+
+Shape suffixes: T rows of x, K inputs, N outputs.
+"""
 
 from __future__ import annotations
 
@@ -11,20 +14,26 @@ import torch
 import torch.nn.functional as F
 
 from ktfx.errors import KtfxError, PlacementError, WeightError
-from ktfx.formats import FORMATS, dequantize, from_tensors, parse_format, quantize, storage
+from ktfx.formats import FORMATS, QuantizedWeight, dequantize, from_tensors, parse_format, quantize, storage
 from ktfx.ops.experts import TensorMeta
 from ktfx.ops.triton_loader import kernels, runs_kernels
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+Weight = torch.Tensor | QuantizedWeight
 
 
 @dataclass(frozen=True)
 class LinearSpec:
-    """One linear layer: weight (out_features, in_features) kept in the format ``weights`` (``ktfx.formats``)."""
+    """One linear layer: weight (out_features, in_features) kept in the format ``weights`` (``ktfx.formats``).
+
+    activations: what the kernel may turn x into: ``model`` (leave it) or ``int8`` (per block; 4 bits on the host).
+    Equal specs over equal kernels make equal compiled partitions.
+    """
 
     in_features: int
     out_features: int
     weights: str = "model"
+    activations: str = "model"
 
     def encode(self) -> str:
         """The spec as one canonical string (a compiled graph holds it as a constant)."""
@@ -42,7 +51,8 @@ class LinearKernel:
 
     unsupported(spec, dtype, device): None if the kernel takes it, else the reason in words.
     packed_meta(spec, dtype): the packed tensors it will make; ``dtype`` is that of the model's weight.
-    pack(spec, weight, device): the model's weight to the kernel's own layout on ``device``.
+    pack(spec, weight, device): the model's weight, or one that is quantised already in the spec's format (its bits are
+        kept), to the kernel's own layout on ``device``.
     forward(spec, x, packed, bias): (…, K) to (…, N) in x's dtype.
     dequantised(spec, packed): the weight it really computes with, (N, K).
     """
@@ -50,7 +60,7 @@ class LinearKernel:
     name: str
     unsupported: Callable[[LinearSpec, torch.dtype, torch.device], str | None]
     packed_meta: Callable[[LinearSpec, torch.dtype], list[TensorMeta]]
-    pack: Callable[[LinearSpec, torch.Tensor, torch.device], list[torch.Tensor]]
+    pack: Callable[[LinearSpec, Weight, torch.device], list[torch.Tensor]]
     forward: Callable[[LinearSpec, torch.Tensor, Sequence[torch.Tensor], torch.Tensor | None], torch.Tensor]
     dequantised: Callable[[LinearSpec, Sequence[torch.Tensor]], torch.Tensor]
 
@@ -108,35 +118,56 @@ def _unsupported(spec: LinearSpec, dtype: torch.dtype, device: torch.device) -> 
         return f"{error.what} ({', '.join(FORMATS)})"
     if dtype not in FLOATS:
         return f"its weight would be {dtype}; it takes float32, bfloat16 and float16"
+    if spec.activations != "model":
+        return f"it leaves activations in the model's dtype, not {spec.activations}"
     if device.type not in ("cuda", "cpu", "meta"):
         return f"it runs on cuda (and, by reference, on cpu), not on {device.type}"
     return None
 
 
-def _shape(spec: LinearSpec) -> tuple[int, int]:
+def weight_shape(spec: LinearSpec) -> tuple[int, int]:
+    """(N, K)."""
     return spec.out_features, spec.in_features
 
 
-def _pack(spec: LinearSpec, weight: torch.Tensor, device: torch.device) -> list[torch.Tensor]:
-    if tuple(weight.shape) != _shape(spec):
+def check_weight(spec: LinearSpec, weight: Weight) -> None:
+    """WeightError if ``weight`` is not (N, K), or is quantised in another format than the spec's."""
+    if tuple(weight.shape) != weight_shape(spec):
         raise WeightError(
             f"a linear weight has shape {tuple(weight.shape)}",
-            expected=f"(out, in) = {_shape(spec)}",
+            expected=f"(out, in) = {weight_shape(spec)}",
             mend="check in_features and out_features, and whether the layer keeps its weight transposed",
         )
+    if isinstance(weight, QuantizedWeight):
+        form, group = parse_format(spec.weights)
+        if (weight.format, weight.group) != (form.name, group):
+            raise WeightError(
+                f"the weight is quantised already, as {weight.format} with groups of {weight.group}",
+                expected=f"{form.name} with groups of {group}",
+                mend="name the checkpoint's own format in the rule, or dequantise the weight first",
+            )
+
+
+def _pack(spec: LinearSpec, weight: Weight, device: torch.device) -> list[torch.Tensor]:
+    check_weight(spec, weight)
+    if isinstance(weight, QuantizedWeight):
+        return [t.to(device, copy=True).contiguous() for t in weight.tensors()]
     if spec.weights == "model":
         return [weight.to(device, copy=True).contiguous()]
     return quantize(weight, spec.weights, search=True, device=device).tensors()
 
 
 def _dequantised(spec: LinearSpec, packed: Sequence[torch.Tensor]) -> torch.Tensor:
-    return packed[0] if spec.weights == "model" else dequantize(from_tensors(spec.weights, _shape(spec), list(packed)))
+    if spec.weights == "model":
+        return packed[0]
+    return dequantize(from_tensors(spec.weights, weight_shape(spec), list(packed)))
 
 
 def _reference(
     spec: LinearSpec, x: torch.Tensor, packed: Sequence[torch.Tensor], bias: torch.Tensor | None
 ) -> torch.Tensor:
-    return F.linear(x, _dequantised(spec, packed).to(x.dtype), None if bias is None else bias.to(x.dtype))
+    y = F.linear(x, _dequantised(spec, packed).to(x.dtype), None if bias is None else bias.to(x.dtype))
+    return y.contiguous()  # as the op's fake says, whatever the strides of x
 
 
 def _triton(
@@ -148,7 +179,7 @@ def _triton(
 
 
 def _meta(spec: LinearSpec, dtype: torch.dtype) -> list[TensorMeta]:
-    return [TensorMeta(*meta) for meta in storage(spec.weights, _shape(spec), dtype)]
+    return [TensorMeta(*meta) for meta in storage(spec.weights, weight_shape(spec), dtype)]
 
 
 for _name, _forward in (("reference", _reference), ("triton", _triton)):

@@ -5,7 +5,7 @@ set -euo pipefail
 cd "$(dirname "$0")/../.."
 cxx=${CXX:-g++}
 flags="-std=c++17 -O1 -g -fno-omit-frame-pointer -ffp-contract=fast -fno-math-errno -Wno-psabi -Wno-maybe-uninitialized"
-units="experts pack async pool features measure isa_portable isa_amx_emulated"
+units="experts linear pack async pool features measure isa_portable isa_amx_emulated"
 if [ "$(uname -m)" = x86_64 ]; then units="$units isa_avx2 isa_avx512 isa_amx"; fi
 avx512="-mavx2 -mfma -mf16c -mavx512f -mavx512bw -mavx512vl -mavx512dq -mavx512vnni"
 

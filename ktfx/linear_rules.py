@@ -1,0 +1,74 @@
+"""What a rule means for one linear layer: which kernel of ``ktfx::linear_quant``, over which format, or why not.
+
+The pass, the budget, ``lint`` and the error report ask here, so that they cannot disagree.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from ktfx.devices import is_host
+from ktfx.op_names import family
+from ktfx.ops.linear import LinearSpec, linear_kernel, linear_kernel_names
+from ktfx.resolve import ModulePlacement
+
+
+@dataclass(frozen=True)
+class LinearChoice:
+    """kernel: a registered name (``linear.<kernel>`` in a rule file; ``linear.aten`` is ``reference``).
+
+    op: as a reader knows it. dtype: that of the layer's input and output, and of scales where a format keeps them so.
+    """
+
+    kernel: str
+    spec: LinearSpec
+    op: str
+    dtype: torch.dtype
+
+
+def linear_choice(module: nn.Module, placement: ModulePlacement, phase: str) -> LinearChoice | None:
+    """The kernel that a rule asks for, or None where the layer keeps the model's own operation.
+
+    ``aten`` and ``linear.aten`` with a quantised format run on the dequantised weight; without one they change nothing.
+    """
+    at = placement.at(phase)
+    if not isinstance(module, nn.Linear) or placement.rule is None or at.op is None:
+        return None
+    weights = at.weights or "model"
+    if at.op in ("aten", "linear.aten"):
+        if weights == "model":
+            return None
+        kernel, op = "reference", "linear.aten"
+    elif family(at.op) == "linear":
+        kernel, op = at.op.removeprefix("linear."), at.op
+    else:
+        return None
+    activations = str(placement.rule.replace.options.get("activations", "model"))
+    spec = LinearSpec(module.in_features, module.out_features, weights, activations)
+    return LinearChoice(kernel, spec, op, module.weight.dtype)
+
+
+def why_not(choice: LinearChoice, device_name: str, real: torch.device, devices: Mapping[str, str]) -> str | None:
+    """None if the kernel can run there, else the reason in words. devices: those that the rule file declares."""
+    if choice.kernel not in linear_kernel_names():
+        return f"no kernel {choice.op} is registered in this installation"
+    if choice.kernel == "triton" and is_host(device_name, devices):
+        return f"it runs on GPUs, and {device_name} is the host in this phase; linear.cpu runs there"
+    return linear_kernel(choice.kernel).unsupported(choice.spec, choice.dtype, real)
+
+
+def packed_bytes(choice: LinearChoice) -> int:
+    """Bytes of the layer's weight as the kernel keeps it."""
+    metas = linear_kernel(choice.kernel).packed_meta(choice.spec, choice.dtype)
+    return sum(torch.Size(m.shape).numel() * m.dtype.itemsize for m in metas)
+
+
+def keeps_parameter(choice: LinearChoice) -> bool:
+    """Whether the kernel reads the parameter as it is, so that no other copy need exist."""
+    metas = linear_kernel(choice.kernel).packed_meta(choice.spec, choice.dtype)
+    shape = (choice.spec.out_features, choice.spec.in_features)
+    return choice.spec.weights == "model" and [(m.shape, m.dtype) for m in metas] == [(shape, choice.dtype)]
