@@ -51,14 +51,15 @@ def _no_limits(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 @pytest.mark.parametrize("fault", FAULTS)
 def test_bisect_finds_the_rewrite_in_log2_runs(fault: str) -> None:
-    oracle, _ = numerics_oracle(_replay(fault))
+    oracle = numerics_oracle([_replay(fault)])
     found = bisect(oracle)
     assert found.number == LAYER + 1 and found.total == LAYERS
     assert f"'layers.{LAYER}." in found.what
     assert found.pass_name == "plant"
     assert len(found.probes) <= 3 + math.ceil(math.log2(LAYERS))
-    assert found.variables == {"KTFX_BISECT_LIMIT": str(LAYER + 1)}
-    assert found.variables_before == {"KTFX_BISECT_LIMIT": str(LAYER)}
+    assert found.phase == "prefill"
+    assert found.variables == {"KTFX_BISECT_LIMIT": str(LAYER + 1), "KTFX_BISECT_PASSES": "1"}
+    assert found.variables_before == {"KTFX_BISECT_LIMIT": str(LAYER), "KTFX_BISECT_PASSES": "1"}
 
 
 @pytest.mark.parametrize("fault", FAULTS)
@@ -97,7 +98,7 @@ def test_verify_refuses_the_compiled_model(fault: str) -> None:
 
 
 def test_a_right_model_has_nothing_to_bisect() -> None:
-    oracle, _ = numerics_oracle(_replay("none"))
+    oracle = numerics_oracle([_replay("none")])
     with pytest.raises(OptionError, match="the result is good"):
         bisect(oracle)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shlex
-import sys
 from typing import Annotated, Any
 
 import typer
@@ -41,8 +40,7 @@ def bisect(
     from ktfx.debug.bisect import bisect as search
     from ktfx.debug.bisect import command_oracle, numerics_oracle
     from ktfx.debug.replay import Replay
-    from ktfx.debug.session import Setup, environment, run_unrewritten
-    from ktfx.errors import OptionError
+    from ktfx.debug.session import Setup, environment, run_unrewritten, words_of
 
     def progress(probe: Any) -> None:
         limit = "all" if probe.limit is None else probe.limit
@@ -53,34 +51,24 @@ def bisect(
     with environment({"KTFX_BISECT_LIMIT": None, "KTFX_BISECT_PASSES": None}):
         if command is not None:
             found = search(command_oracle(shlex.split(command), timeout), progress)
-            return _answer(found, command, as_json, {})
-        session = run_unrewritten(Setup(model, rules, simulate, layers, tiny, dtype, tokens, phase, seed=seed))
-        good: list[str] = []
-        for graph in session.graphs:
-            oracle, _ = numerics_oracle(Replay.of(session.state, graph), tolerance)
-            try:
-                found = search(oracle, progress)
-            except OptionError as error:
-                good.append(f"{graph.phase}: {error.what}")
-                continue
-            again = shlex.join(["ktfx", "numerics", *_without_command(sys.argv[2:])])
-            return _answer(found, again, as_json, {"phase": graph.phase})
-    raise OptionError("; ".join(good), expected="an error above the tolerance", mend="lower --tolerance")
+            return _answer(found, command, as_json)
+        setup = Setup(model, rules, simulate, layers, tiny, dtype, tokens, phase, seed=seed)
+        session = run_unrewritten(setup)
+        replays = [Replay.of(session.state, graph) for graph in session.state.graphs]
+        found = search(numerics_oracle(replays, tolerance, session.graphs), progress)
+    more = [] if tolerance is None else ["--tolerance", f"{tolerance:g}"]
+    return _answer(found, shlex.join([*words_of("numerics", setup, rules), *more]), as_json)
 
 
-def _without_command(arguments: list[str]) -> list[str]:
-    return [a for a in arguments if a not in ("--json", "--debug")]
-
-
-def _answer(found: Any, command: str, as_json: bool, more: dict[str, Any]) -> None:
+def _answer(found: Any, command: str, as_json: bool) -> None:
     before = found.variables_before
     bad = " ".join(f"{k}={v}" for k, v in found.variables.items()) + " " + command
     good = (" ".join(f"{k}={v}" for k, v in before.items()) + " " + command) if before else None
     if as_json:
         return print_json(
             {
-                **more,
                 "rewrite": found.number,
+                "phase": found.phase,
                 "what": found.what,
                 "pass": found.pass_name,
                 "pass_number": found.pass_number,
@@ -97,7 +85,8 @@ def _answer(found: Any, command: str, as_json: bool, more: dict[str, Any]) -> No
         console.print(f"[bold]rewrite {found.number} of {found.total}[/bold]: {found.what}", soft_wrap=True)
     elif found.pass_number is not None:
         console.print(
-            f"[bold]pass {found.pass_number}, {found.pass_name}[/bold]: it counts no rewrite that could be left out"
+            f"[bold]pass {found.pass_number}, {found.pass_name} in {found.phase}[/bold]: "
+            "it counts no rewrite that could be left out"
         )
     else:
         console.print("[bold]wrong with every optional pass off[/bold]: " + found.what, soft_wrap=True)

@@ -45,19 +45,20 @@ def numerics(
     from ktfx.debug.session import Setup, run_unrewritten
 
     session = run_unrewritten(Setup(model, rules, simulate, layers, tiny, dtype, tokens, phase, seed=seed))
-    reports = {g.phase: tool.numerics(Replay.of(session.state, g), tolerance, reference) for g in session.graphs}
+    replays = [Replay.of(session.state, g) for g in session.state.graphs]
+    reports = tool.run_numerics(replays, tolerance, reference, session.graphs)
     if plot is not None:
-        for number, report in enumerate(reports.values()):
+        for number, (_, report) in enumerate(reports):
             path = plot if number == 0 else plot.with_stem(f"{plot.stem}-{number + 1}")
             path.write_text(tool.plot(report), encoding="utf-8")
     if as_json:
-        print_json({"graphs": [{"phase": name, **report.to_json()} for name, report in reports.items()]})
+        print_json({"graphs": [{"phase": name, **report.to_json()} for name, report in reports]})
     else:
-        for name, report in reports.items():
+        for name, report in reports:
             _show(name, report, every)
         if plot is not None:
             stdout().print(f"plot: {plot}")
-    if any(report.first_over is not None for report in reports.values()):
+    if any(report.first_over is not None for _, report in reports):
         raise typer.Exit(Exit.NO)
 
 

@@ -1,7 +1,8 @@
 """Down to one rewrite: which of the numbered rewrites makes the result wrong.
 
 First over the optional passes (``KTFX_BISECT_PASSES=N`` runs the first N), then over the rewrites of the guilty pass
-(``KTFX_BISECT_LIMIT=N`` runs the first N). Each step halves what is left, so n rewrites take about log2(n) runs.
+(``KTFX_BISECT_LIMIT=N`` runs the first N). Both are numbered over all graphs of a run, prefill's before decode's. Each
+step halves what is left, so n rewrites take about log2(n) runs.
 """
 
 from __future__ import annotations
@@ -11,15 +12,16 @@ import re
 import subprocess
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import fx
 
-from ktfx.debug.replay import PassFailure, Replay, Replayed, tolerance_for
+from ktfx.debug.replay import Checkpoint, PassFailure, Replay, Replayed, tolerance_for
 from ktfx.errors import OptionError
-from ktfx.pass_manager import REQUIRED, Rewrite, build_pipeline
+from ktfx.pass_manager import RunCount
+from ktfx.state import GraphReport
 from ktfx.verify import relative_error
 
 _LINE = re.compile(r"^ktfx bisect: (?:NOT )?running (rewrite|pass) \((\d+)\) (.*)$", re.MULTILINE)
@@ -55,7 +57,7 @@ class Probe:
 class Found:
     """The answer. number: the rewrite; None if the pass has no counted rewrites, or no optional pass is to blame.
 
-    pass_number, pass_name: the optional pass; None if the result is wrong with all of them off.
+    pass_number, pass_name: the optional pass; None if the result is wrong with all of them off. phase: its graph's.
     """
 
     number: int | None
@@ -64,20 +66,19 @@ class Found:
     pass_name: str | None
     total: int
     probes: list[Probe]
-    rewrite: Rewrite | None = None
+    phase: str | None = None
 
     @property
     def variables(self) -> dict[str, str]:
         """The environment that still shows the fault and runs nothing after it."""
-        if self.number is not None:
-            return {"KTFX_BISECT_LIMIT": str(self.number)}
-        return {"KTFX_BISECT_PASSES": str(self.pass_number or 0)}
+        passes = {"KTFX_BISECT_PASSES": str(self.pass_number or 0)}
+        return passes if self.number is None else {"KTFX_BISECT_LIMIT": str(self.number), **passes}
 
     @property
     def variables_before(self) -> dict[str, str] | None:
         """The environment of the last good run; None if there is none."""
         if self.number is not None:
-            return {"KTFX_BISECT_LIMIT": str(self.number - 1)}
+            return {"KTFX_BISECT_LIMIT": str(self.number - 1), "KTFX_BISECT_PASSES": str(self.pass_number)}
         return {"KTFX_BISECT_PASSES": str(self.pass_number - 1)} if self.pass_number else None
 
 
@@ -107,12 +108,19 @@ def bisect(oracle: Oracle, progress: Callable[[Probe], None] | None = None) -> F
     first_pass = _first_bad(everything.passes, lambda n: not ask(None, n).good) if everything.passes > 1 else 1
     before = ask(None, first_pass - 1).rewrites if first_pass > 1 else 0
     upto = ask(None, first_pass).rewrites if first_pass < everything.passes else everything.rewrites
-    name = everything.described.get(-first_pass, "")
+    name, phase = _name_and_phase(everything.described.get(-first_pass, ""))
     # A pass that is wrong before its first counted rewrite (or counts none) is named as a whole.
     if upto <= before or not ask(before, first_pass).good:
-        return Found(None, everything.why, first_pass, name, everything.rewrites, probes)
+        return Found(None, everything.why, first_pass, name, everything.rewrites, probes, phase)
     number = _first_bad(upto, lambda n: not ask(n, first_pass).good, before)
-    return Found(number, everything.described.get(number, ""), first_pass, name, everything.rewrites, probes)
+    what = everything.described.get(number, "")
+    return Found(number, what, first_pass, name, everything.rewrites, probes, phase)
+
+
+def _name_and_phase(text: str) -> tuple[str, str | None]:
+    """``plant in prefill`` → its two parts."""
+    name, found, phase = text.rpartition(" in ")
+    return (name, phase) if found else (text, None)
 
 
 def _first_bad(count: int, bad: Callable[[int], bool], good: int = 0) -> int:
@@ -129,38 +137,111 @@ def _first_bad(count: int, bad: Callable[[int], bool], good: int = 0) -> int:
 # ---- oracle: the graph's own numbers
 
 
-def numerics_oracle(replay: Replay, tolerance: float | None = None) -> tuple[Oracle, Callable[[], Replayed | None]]:
-    """The rewritten graph's outputs against the captured graph's, on the inputs of the first call.
+def numerics_oracle(
+    replays: Sequence[Replay], tolerance: float | None = None, judged: Sequence[GraphReport] | None = None
+) -> Oracle:
+    """The rewritten graphs' outputs against the captured graphs', on the inputs of their first calls.
 
-    Nothing is compiled and no model code runs, so a probe costs one run of the passes and one of the graph. Weights
-    that were quantised stand dequantised on both sides. A pass that raises is a bad run. The second value gives the
-    last run of the passes with everything on.
+    replays: every graph of the run, in the order of the compiles, for numbers count through all of them. judged: the
+    graphs whose outputs count; None is all. Nothing is compiled and no model code runs. A run starts where the first
+    one was after the last pass that it does not touch, so it costs the passes from there and one run of the graph. A
+    pass that raises is a bad run. Weights that were quantised stand dequantised on both sides.
     """
-    names = [p.name for p in build_pipeline(replay.state.ruleset.passes) if p.name not in REQUIRED]
-    reference: dict[frozenset[str], Sequence[Any]] = {}
-    full: list[Replayed] = []
+    trials = [_GraphTrials(r, tolerance, judged is None or r.report in judged) for r in replays]
 
     def oracle(limit: int | None, passes: int | None) -> Verdict:
-        described = {-i: n for i, n in enumerate(names, 1)}
-        try:
-            run = replay.run(limit=limit if limit is not None else 1 << 60, passes=passes, keep_graphs=False)
-        except PassFailure as failure:
-            counted = _counted(failure.log)
-            why = str(failure.error).splitlines()[0]
-            return Verdict(False, why, len(names), counted[0], {**described, **counted[1]})
-        if limit is None and passes is None:
-            full.append(run)
-        counted = _counted(run.log)
-        substitutes = replay.dequantised(run.context)
-        key = frozenset(substitutes)
-        if key not in reference:
-            reference[key] = outputs_of(replay, replay.captured_graph, run, substitutes)
-        got = outputs_of(replay, run.final, run, substitutes)
-        worst, limit_of = worst_error(got, reference[key], run, tolerance)
-        why = f"largest error {worst:.2e}, tolerance {limit_of:.0e}"
-        return Verdict(worst <= limit_of, why, len(names), run.count, {**described, **counted[1]})
+        count = RunCount()
+        everything = limit is None and passes is None
+        described: dict[int, str] = {}
+        said: list[str] = []
+        good = True
+        for trial in trials:
+            outcome = trial.ask(limit, passes, count)
+            described |= outcome.described
+            if outcome.judged or not outcome.good:
+                said.append(f"{trial.replay.report.phase}: {outcome.why}")
+            if not outcome.good and not everything:
+                # What comes later is over every number asked for, or was not reached.
+                return Verdict(False, said[-1], count.passes, count.rewrites, described)
+            good = good and outcome.good
+        return Verdict(good, "; ".join(said), count.passes, count.rewrites, described)
 
-    return oracle, lambda: full[-1] if full else None
+    return oracle
+
+
+@dataclass(frozen=True)
+class _Outcome:
+    good: bool
+    why: str
+    counted: RunCount
+    judged: bool
+    described: dict[int, str] = field(default_factory=dict)
+
+
+class _GraphTrials:
+    """The runs of one graph: equal ones are made once, and all start from where the first was."""
+
+    def __init__(self, replay: Replay, tolerance: float | None, judged: bool) -> None:
+        self.replay, self.tolerance, self.judged = replay, tolerance, judged
+        self.checkpoints: list[Checkpoint] = []
+        self.known: dict[tuple[int, int], _Outcome] = {}
+        self.total: RunCount | None = None
+        self.reference: dict[frozenset[str], Sequence[Any]] = {}
+
+    def ask(self, limit: int | None, passes: int | None, count: RunCount) -> _Outcome:
+        """One verdict. count: what earlier graphs have counted; this graph's numbers are added."""
+        of_limit = _left(limit, count.rewrites, self.total.rewrites if self.total else None)
+        of_passes = _left(passes, count.passes, self.total.passes if self.total else None)
+        found = self.known.get((of_limit, of_passes))
+        if found is None:
+            before = replace(count)
+            found = self.known[of_limit, of_passes] = self._run(before, of_limit, of_passes)
+            if self.total is None and limit is None and passes is None:
+                self.total = found.counted
+                # Asked again with numbers instead of None, this is the same run.
+                self.known[found.counted.rewrites, found.counted.passes] = found
+        count.passes += found.counted.passes
+        count.rewrites += found.counted.rewrites
+        return found
+
+    def _run(self, before: RunCount, limit: int, passes: int) -> _Outcome:
+        first = not self.known
+        possible = [c for c in self.checkpoints if c.counted.rewrites <= limit and c.counted.passes <= passes]
+        count = replace(before)
+        try:
+            run = self.replay.run(
+                limit=before.rewrites + limit,
+                passes=before.passes + passes,
+                keep_graphs=False,
+                count=count,
+                checkpoint=self.checkpoints.append if first else None,
+                resume=possible[-1] if possible else None,
+            )
+        except PassFailure as failure:
+            counted = RunCount(count.passes - before.passes, count.rewrites - before.rewrites)
+            described = _counted(failure.log)[1]
+            return _Outcome(False, str(failure.error).splitlines()[0], counted, self.judged, described)
+        counted = RunCount(count.passes - before.passes, count.rewrites - before.rewrites)
+        described = _counted(run.log)[1]
+        if not self.judged:
+            return _Outcome(True, "not judged", counted, False, described)
+        substitutes = self.replay.dequantised(run.context)
+        key = frozenset(substitutes)
+        if key not in self.reference:
+            self.reference[key] = outputs_of(self.replay, self.replay.captured_graph, run, substitutes)
+        got = outputs_of(self.replay, run.final, run, substitutes)
+        worst, held = worst_error(got, self.reference[key], run, self.tolerance)
+        why = f"largest error {worst:.2e}, tolerance {held:.0e}"
+        return _Outcome(worst <= held, why, counted, True, described)
+
+
+_ALL = 1 << 60
+
+
+def _left(number: int | None, before: int, total: int | None) -> int:
+    """How many of a run's numbers reach into a graph that starts after ``before`` of them and counts ``total``."""
+    left = _ALL if number is None else max(0, number - before)
+    return left if total is None else min(left, total)
 
 
 def outputs_of(replay: Replay, gm: fx.GraphModule, run: Replayed, substitutes: dict[str, Any]) -> Sequence[Any]:

@@ -6,6 +6,7 @@ of the captured graph in the model's dtype, so that a near tie between two exper
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from math import isfinite, log10
@@ -18,7 +19,8 @@ from ktfx.debug.replay import PassFailure, Replay
 from ktfx.debug.snapshot import NodeLine, Snapshot, boundary_nodes, snapshot
 from ktfx.errors import OptionError
 from ktfx.graph import info, output_node
-from ktfx.pass_manager import PassContext, PassRecord
+from ktfx.pass_manager import PassContext, PassRecord, RunCount
+from ktfx.state import GraphReport
 from ktfx.verify import TOLERANCE, quantisation_slack, relative_error
 
 REFERENCES = {"float64": torch.float64, "float32": torch.float32}
@@ -89,17 +91,20 @@ class NumericsReport:
         }
 
 
-def numerics(replay: Replay, tolerance: float | None = None, reference: str = "float64") -> NumericsReport:
+def numerics(
+    replay: Replay, tolerance: float | None = None, reference: str = "float64", count: RunCount | None = None
+) -> NumericsReport:
     """Run the passes once and each graph once.
 
     tolerance: None holds each value to its dtype's, or to ``HEADROOM`` times what the captured graph loses there.
+    count: what the run's earlier graphs have counted (``KTFX_BISECT_LIMIT`` counts through all); it goes on counting.
     """
     if reference not in REFERENCES:
         raise OptionError(f"reference {reference!r}", expected="float64 or float32")
     records: list[PassRecord] = []
     failure: PassFailure | None = None
     try:
-        context = replay.run(after_pass=records.append).context
+        context = replay.run(after_pass=records.append, count=count).context
     except PassFailure as raised:
         failure, context = raised, raised.context
     original = replay.context()
@@ -123,6 +128,20 @@ def numerics(replay: Replay, tolerance: float | None = None, reference: str = "f
         for b in plan.borders
     }
     return NumericsReport(reference, plan.borders, columns, tolerances, wide.fallbacks)
+
+
+def run_numerics(
+    replays: Sequence[Replay], tolerance: float | None, reference: str, judged: Sequence[GraphReport]
+) -> list[tuple[str, NumericsReport]]:
+    """(phase, report) of each judged graph of a run, numbered as in the run."""
+    count, found = RunCount(), []
+    for replay in replays:
+        if replay.report in judged:
+            found.append((replay.report.phase, numerics(replay, tolerance, reference, count)))
+        else:
+            with contextlib.suppress(PassFailure):
+                replay.run(keep_graphs=False, count=count)
+    return found
 
 
 def _failing_pass(replay: Replay, records: Sequence[PassRecord]) -> str:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextlib
 import io
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from copy import copy
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from torch import fx
 from ktfx.debug.inputs import packed_values
 from ktfx.errors import KtfxError, OptionError
 from ktfx.graph import placeholders
-from ktfx.pass_manager import Pass, PassContext, PassRecord, RunCount, build_pipeline, copy_graph, run_pipeline
+from ktfx.pass_manager import PassContext, PassRecord, RunCount, build_pipeline, copy_graph, run_pipeline
 from ktfx.state import GraphReport, ModelState
 from ktfx.verify import TOLERANCE, dequantised_weights, quantisation_slack
 
@@ -45,41 +46,60 @@ class Replay:
         assert gm is not None
         return gm
 
-    def context(self) -> PassContext:
-        """A fresh context over a copy of the captured graph."""
+    def context(self, count: RunCount | None = None) -> PassContext:
+        """A fresh context over a copy of the captured graph. count: what the run's earlier graphs have counted."""
         old = self.report.context
         assert old is not None
         gm = copy_graph(self.captured_graph)
         names = {n.name for n in placeholders(gm.graph)}
         inputs = {n: e for n, e in old.captured.inputs.items() if n in names}
         captured = replace(old.captured, gm=gm, inputs=inputs, writes=list(old.captured.writes))
-        return PassContext(captured, old.resolution, old.devices, old.logical_name)
+        return PassContext(captured, old.resolution, old.devices, old.logical_name, count=count or RunCount())
 
     def run(
         self,
         *,
         limit: int | None = None,
         passes: int | None = None,
-        pipeline: list[Pass] | None = None,
         after_pass: Callable[[PassRecord], None] | None = None,
+        checkpoint: Callable[[Checkpoint], None] | None = None,
         keep_graphs: bool = True,
+        count: RunCount | None = None,
+        resume: Checkpoint | None = None,
     ) -> Replayed:
-        """The passes once more, stopped after ``limit`` rewrites or ``passes`` optional passes.
+        """The passes once more, stopped after rewrite number ``limit`` or optional pass number ``passes``.
 
+        count: what the run's earlier graphs have counted; it goes on counting. resume: start where an earlier run was
+        after some pass. checkpoint: called with such a place after each pass up to ``insert_transfers``, if all run.
         Raises PassFailure if a pass fails; ``after_pass`` has then seen the passes before it.
         """
-        context = self.context()
+        count = count if count is not None else RunCount()
+        start = replace(count)
+        pipeline = build_pipeline(self.state.ruleset.passes)
+        if resume is not None:
+            context = _copied(resume.context)
+            count.passes += resume.counted.passes
+            count.rewrites += resume.counted.rewrites
+            context.count = count
+            pipeline = pipeline[resume.done :]
+        else:
+            context = self.context(count)
         context.bisect_limit, context.pass_limit = limit, passes
         log = io.StringIO()
+        done: list[str] = []
+
+        def note(record: PassRecord) -> None:
+            done.append(record.name)
+            if after_pass is not None:
+                after_pass(record)
+            # From insert_transfers on the manager checks devices, which a resumed run would not know to do.
+            if checkpoint is not None and "insert_transfers" not in done:
+                counted = RunCount(count.passes - start.passes, count.rewrites - start.rewrites)
+                checkpoint(Checkpoint(len(done), counted, _copied(context)))
+
         try:
             with torch.no_grad(), contextlib.redirect_stdout(log):
-                records = run_pipeline(
-                    pipeline if pipeline is not None else build_pipeline(self.state.ruleset.passes),
-                    context.captured.gm,
-                    context,
-                    keep_graphs=keep_graphs,
-                    after_pass=after_pass,
-                )
+                records = run_pipeline(pipeline, context.captured.gm, context, keep_graphs=keep_graphs, after_pass=note)
         except KtfxError as error:
             raise PassFailure(error, context, log.getvalue()) from error
         return Replayed(context, records, log.getvalue())
@@ -101,6 +121,22 @@ class Replay:
     def dequantised(self, context: PassContext) -> dict[str, torch.Tensor]:
         """For quantised kernels, the weights they really compute with, as the model would hold them."""
         return dequantised_weights(context, self.state.store)
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """Where a run of the passes was after ``done`` of them. counted: by this graph alone. context: not to be edited."""
+
+    done: int
+    counted: RunCount
+    context: PassContext
+
+
+def _copied(context: PassContext) -> PassContext:
+    """A context whose graph and collections are its own."""
+    own: dict[str, Any] = {f.name: copy(v) for f in fields(context) if isinstance(v := getattr(context, f.name), (dict, list))}
+    captured = replace(context.captured, gm=copy_graph(context.captured.gm), inputs=dict(context.captured.inputs))
+    return replace(context, captured=captured, **own)
 
 
 class PassFailure(Exception):
@@ -125,7 +161,7 @@ class Replayed:
 
     @property
     def count(self) -> int:
-        """How many rewrites were counted, run or not."""
+        """How many rewrites were counted, run or not, with those of earlier graphs."""
         return self.context.count.rewrites
 
 

@@ -67,6 +67,24 @@ class Setup:
     timeline: bool = False
 
 
+def words_of(command: str, setup: Setup, rules: str | None) -> list[str]:
+    """``ktfx COMMAND`` with this setup as its options; options at their defaults are left out."""
+    simulate = setup.simulate
+    if isinstance(simulate, Mapping):
+        simulate = ",".join(f"{k}={v}" for k, v in simulate.items())
+    options: dict[str, Any] = {
+        "--rules": rules,
+        "--simulate": simulate,
+        "--layers": setup.layers,
+        "--dtype": setup.dtype,
+        "--tokens": setup.tokens if setup.tokens != Setup.tokens else None,
+        "--phase": setup.phase if setup.phase != Setup.phase else None,
+        "--seed": setup.seed if setup.seed != Setup.seed else None,
+    }
+    words = ["ktfx", command, setup.model or "demo", *(["--tiny"] if setup.tiny else [])]
+    return words + [str(w) for name, value in options.items() if value is not None for w in (name, value)]
+
+
 @dataclass
 class Session:
     """A model that was compiled and run once."""
