@@ -16,6 +16,7 @@ from torch import nn
 from ktfx.backend import compile_graph
 from ktfx.cache import place_cache
 from ktfx.direct import MAX_FORMS, DirectCall, can_be_called_directly, form_of, note_call, notes_of
+from ktfx.dynamo_access import with_own_code
 from ktfx.errors import CaptureError, KtfxError, KtfxWarning, OptionError
 from ktfx.graph_breaks import first_line, refuse_break_inside_layer
 from ktfx.options import CompileOptions, RulesSource, parse_options
@@ -23,6 +24,7 @@ from ktfx.state import ModelState, forget, model_state, states_of
 
 _ATTRIBUTE = "_ktfx_compiled"
 RECOMPILE_LIMIT = 64
+CALLS_THAT_MAY_COUNT = 3
 
 
 @dataclass
@@ -42,7 +44,7 @@ def compile(
     rules: RulesSource = None,
     *,
     cache: str | None = "static",
-    release_host: bool = False,
+    release_host: bool | str = False,
     dynamic: bool | None = None,
     direct_calls: bool = True,
     **options: Any,
@@ -51,7 +53,9 @@ def compile(
 
     rules: a path, a shipped name, or rules as Python objects; None picks the shipped file for the model and machine.
     cache: the cache that plain ``generate()`` makes: ``static`` (placed with its layers) or None (leave it).
-    release_host: weights that moved to another device leave the logical one; ``state_dict()`` still returns them.
+    release_host: True: weights that moved to another device leave the logical one, and experts that a kernel packed
+        exist only packed; ``state_dict()`` still returns them bit for bit, and what could not is refused.
+        ``exact``: such weights stay beside their packed copies. ``lossy``: ``state_dict()`` returns packed numbers.
     direct_calls: repeat calls of one form run the program without Dynamo's guards (see ``ktfx.direct``); parameters,
         cache, grad mode and the config's output settings are still checked.
     options: see ``CompileOptions`` (simulate, verify, partition_backend, query_input, memory, …).
@@ -64,14 +68,16 @@ def compile(
         restore(model)
     if cache not in ("static", None):
         raise OptionError(f"cache={cache!r}", expected="'static' or None (whatever the caller passes)")
+    if release_host not in (False, True, "exact", "lossy"):
+        raise OptionError(f"release_host={release_host!r}", expected="False, True, 'exact' or 'lossy'")
     parsed = parse_options({"rules": rules, **options})
     if model.training:
         raise CaptureError(
             "the model is in training mode; ktfx compiles inference only", mend="call model.eval() first"
         )
     state = model_state(model, parsed, _device_of(model))
-    original = model.forward
-    compiled = Compiled(parsed, state, original)
+    original = with_own_code(model.forward)
+    compiled = Compiled(parsed, state, model.forward)
     # torch ≥ 2.11 has the filter; placed parameters cost 5 ms of guards a call without it, and plain ones 0.3 ms.
     # Whole graphs first: Dynamo then says where a break is instead of cutting the model in silence.
     backend = _Backend(weakref.ref(model), parsed)
@@ -98,7 +104,11 @@ def compile(
     if release_host:
         from ktfx.release import release_host_copies
 
-        release_host_copies(model, state)
+        try:
+            release_host_copies(model, state, release_host)
+        except BaseException:
+            restore(model)
+            raise
     return model
 
 
@@ -129,6 +139,7 @@ def _wrap(
     shapes: dict[Any, Any] = {}
     # A form of call → how to run its program directly, or None where that cannot be.
     known_calls: dict[Any, DirectCall | None] = {}
+    counting: dict[Any, int] = {}
     dynamo = torch._dynamo.config
 
     @functools.wraps(original)
@@ -152,9 +163,20 @@ def _wrap(
             state.log.calls = None
         if len(known_calls) >= MAX_FORMS:
             known_calls.clear()
-        plain = len(noted) == 1 and not in_pieces and notes_of(kwargs) == before
-        known_calls[form] = note_call(kwargs, noted[0], output) if plain else None
+            counting.clear()
+        if notes_of(kwargs) != before:
+            # A fresh cache was filled, and the next call may be plain; or a layer counts, and no call ever is.
+            counting[form] = counting.get(form, 0) + 1
+            if counting[form] < CALLS_THAT_MAY_COUNT:
+                return output
+            plain = False
+        else:
+            plain = len(noted) == 1 and not in_pieces
+        known_calls[form] = note_call(kwargs, noted[0], output, lambda: forget_call(form)) if plain else None
         return output
+
+    def forget_call(form: Any) -> None:
+        known_calls.pop(form, None)
 
     def model_of() -> nn.Module:
         owner = self_ref()
@@ -165,8 +187,8 @@ def _wrap(
         cache = kwargs.get("past_key_values")
         if cache is not None:
             place_cache(cache, model_of(), original, args, kwargs, state.resolution, state.devices, logical, shapes)
-        # A float attribute (a scale) that differs between two models must not become a graph input (torch 2.11). The
-        # limit counts the graphs of all models that share one forward: three models would reach the default of 8.
+        # A float attribute (a scale) that differs between two models must not become a graph input (torch 2.11).
+        # Eight graphs, torch's limit, are few for prefill, decode, batches and caches of several kinds.
         before = dynamo.specialize_float, dynamo.recompile_limit
         dynamo.specialize_float, dynamo.recompile_limit = True, max(RECOMPILE_LIMIT, before[1])
         try:
@@ -187,10 +209,12 @@ def _wrap(
                 refuse_break_inside_layer(model_of(), error)
                 _warn_pieces(f"the model does not trace whole: {first_line(error)}")
             except torch._dynamo.exc.FailOnRecompileLimitHit:
-                _warn_pieces(
-                    "the model was compiled for as many different calls as torch allows "
-                    "(torch._dynamo.config.recompile_limit); further ones run uncompiled"
-                )
+                raise CaptureError(
+                    f"this call needs a graph of its own, and the model has {dynamo.recompile_limit} already",
+                    expected="a few graphs: prefill, decode, and one for each batch size and kind of cache",
+                    mend="call the model with fewer different batch sizes and caches, give ktfx.compile dynamic=True, or "
+                    "raise torch._dynamo.config.recompile_limit",
+                ) from None
             in_pieces = True
         return pieces(*args, **kwargs)
 

@@ -18,9 +18,12 @@ import torch
 from torch import nn
 
 from ktfx.placed_tensor import PlacedTensor
+from ktfx.program.cuda_graphs import CudaRecorder, Recording, cuda_device_of, groups_of
 from ktfx.program.program import Call, Program, WeightSlot
 
 MAX_FORMS = 64
+# The first runs of a form load kernels and fill workspaces, which must not happen while a graph is captured.
+RUNS_BEFORE_RECORDING = 2
 # Their rotary embeddings change themselves once a sequence grows long: never called directly.
 _CHANGING_ROPES = frozenset({"dynamic", "longrope"})
 
@@ -62,11 +65,15 @@ class DirectCall:
     inference_mode: bool
 
     def __post_init__(self) -> None:
-        self._holders = [(w.holder, w.leaf) for w in self.weights]
+        self._holders = [w.holder for w in self.weights]
+        self._leaves = [w.leaf for w in self.weights]
         self._tensors = [w.tensor for w in self.weights]
-        self._states = [(attributes, name) for _, attributes, name, _, _ in self.cached]
+        self._states = [attributes for _, attributes, _, _, _ in self.cached]
+        self._names = [name for _, _, name, _, _ in self.cached]
         self._seen = [seen for _, _, _, seen, _ in self.cached]
         self._data = [(slot, data) for slot, _, _, _, data in self.cached]
+        self._runs = 0
+        self._recording: Recording | None = None
 
     def run(self, kwargs: dict[str, Any]) -> Any:
         """The output, or None if this call must go the long way."""
@@ -75,14 +82,16 @@ class DirectCall:
         if self.cache is not None and self.cache() is not kwargs[self.cache_name]:
             return None
         # Hundreds of each, every step: these loops run in C.
-        if not all(map(is_, [holder.get(leaf) for holder, leaf in self._holders], self._tensors)):
+        if not all(map(is_, map(dict.get, self._holders, self._leaves), self._tensors)):
             return None
-        states = [attributes.get(name) for attributes, name in self._states]
+        states = list(map(dict.get, self._states, self._names))
         data = self._data if all(map(is_, states, self._seen)) else self._other_data(states)
         if data is None:
             return None
         keywords = [(slot, kwargs[name]) for slot, name in self.keywords]
-        outputs = self.program.run([*data, *keywords, *self.sizes])
+        outputs = self._replayed(keywords) if data is self._data else None
+        if outputs is None:
+            outputs = self.program.run([*data, *keywords, *self.sizes])
         if outputs is None:
             return None
         made = {
@@ -90,6 +99,25 @@ class DirectCall:
             for name, o in self.fields
         }
         return self.output_type(**made)
+
+    def _replayed(self, keywords: list[tuple[int, Any]]) -> list[Any] | None:
+        """The outputs from CUDA graphs; None if there are none for this form, or weights changed."""
+        program = self.program
+        if not program.recordable or program.timeline is not None or program.stale():
+            return None
+        if self._recording is not None and self._recording.generation == program.generation:
+            return self._recording.run([value for _, value in keywords])
+        self._recording = None
+        self._runs += 1
+        if self._runs < RUNS_BEFORE_RECORDING:
+            return None
+        self._runs = 0
+        groups = groups_of(program.steps, cuda_device_of(program))
+        if all(group.device is None for group in groups):
+            program.recordable = False
+            return None
+        self._recording = Recording(program, [*self._data, *self.sizes], keywords, groups, CudaRecorder())
+        return self._recording.first_outputs()
 
     def _other_data(self, states: list[Any]) -> list[tuple[int, torch.Tensor]] | None:
         """The cache's tensors were replaced (beam search reorders them): those of the same form will do."""
@@ -141,8 +169,13 @@ def notes_of(kwargs: dict[str, Any]) -> Any:
     ]
 
 
-def note_call(kwargs: dict[str, Any], call: Call, output: Any) -> DirectCall | None:
-    """A DirectCall for calls like the one just made, or None where some value's origin cannot be told."""
+def note_call(
+    kwargs: dict[str, Any], call: Call, output: Any, forget: Callable[[], None] = lambda: None
+) -> DirectCall | None:
+    """A DirectCall for calls like the one just made, or None where some value's origin cannot be told.
+
+    forget: called when the cache of that call dies, so that its tensors are not kept alive here.
+    """
     keyword_of = {id(v): k for k, v in kwargs.items() if isinstance(v, torch.Tensor)}
     cache_name = next((k for k, v in kwargs.items() if hasattr(v, "layers")), "")
     cache = kwargs.get(cache_name)
@@ -167,7 +200,7 @@ def note_call(kwargs: dict[str, Any], call: Call, output: Any) -> DirectCall | N
         return None
     return DirectCall(
         program=call.program,
-        cache=weakref.ref(cache) if cache is not None else None,
+        cache=weakref.ref(cache, lambda _: forget()) if cache is not None else None,
         cache_name=cache_name,
         cached=cached,
         keywords=keywords,

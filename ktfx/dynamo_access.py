@@ -8,6 +8,8 @@ Seen on torch 2.11 and 2.13; ``tests/test_capture.py`` fails if a version moves 
 from __future__ import annotations
 
 import re
+import types
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -47,6 +49,28 @@ def current_frame() -> Frame | None:
         return None
     root = tx.output.root_tx if tx.output.root_tx is not None else tx
     return Frame(dict(tx.output.local_scope), dict(tx.output.global_scope), root.f_code.co_name)
+
+
+def with_own_code(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """The bound method ``forward`` with a code object of its own; what is no Python method comes back as it is.
+
+    Dynamo keeps its compiled graphs, and counts them against the recompile limit, by code object; transformers wraps
+    every model's forward in the same decorators, so all models in a process would share one list and one limit.
+    """
+    if not isinstance(forward, types.MethodType) or not isinstance(forward.__func__, types.FunctionType):
+        return forward
+    function = forward.__func__
+    own = types.FunctionType(
+        function.__code__.replace(),
+        function.__globals__,
+        function.__name__,
+        function.__defaults__,
+        function.__closure__,
+    )
+    own.__kwdefaults__ = function.__kwdefaults__
+    own.__doc__, own.__qualname__, own.__module__ = function.__doc__, function.__qualname__, function.__module__
+    own.__dict__.update(function.__dict__)
+    return types.MethodType(own, forward.__self__)
 
 
 def source_name(node: fx.Node) -> str:

@@ -451,3 +451,22 @@ def test_an_op_that_is_not_built_is_never_ignored_in_silence(model):
 
 def test_devices_are_the_tutorials():
     assert DEVICES["host"] == "cpu"
+
+
+def test_each_model_has_a_recompile_limit_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All models share one forward (transformers' decorators): without a code object each, the third would not fit."""
+    monkeypatch.setattr("ktfx.api.RECOMPILE_LIMIT", 2)
+    with torch._dynamo.config.patch(recompile_limit=2):
+        for _ in range(3):
+            model = tiny_model("qwen3_moe", layers=1)
+            ktfx.compile(model, partition_backend="eager", simulate="cpu")
+            model.generate(torch.tensor([[1, 2, 3]]), max_new_tokens=3, do_sample=False)
+            assert len(ktfx.state_of(model).graphs) == 2
+
+
+def test_one_graph_too_many_is_an_error_not_an_uncompiled_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ktfx.api.RECOMPILE_LIMIT", 1)
+    model = tiny_model("qwen3_moe", layers=1)
+    ktfx.compile(model, partition_backend="eager", simulate="cpu")
+    with torch._dynamo.config.patch(recompile_limit=1), pytest.raises(KtfxError, match="has 1 already"):
+        model.generate(torch.tensor([[1, 2, 3]]), max_new_tokens=3, do_sample=False)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from operator import is_
+from operator import attrgetter, is_
 from typing import Any
 
 import torch
@@ -78,6 +78,8 @@ class WriteBack:
     def run(self, slots: list[Any]) -> None:
         slots[self.target].copy_(slots[self.value])
 
+
+_VERSION = attrgetter("_version")
 
 Step = Compute | Transfer | Size | WriteBack
 
@@ -175,6 +177,7 @@ class Program:
 
     constants: slots that are filled once. arguments: (position among Dynamo's arguments, slot) of the rest.
     outputs: slots of the user's outputs, in order; an int -1-i stands for argument i itself.
+    devices: the real device of each name that computes.
     """
 
     steps: list[Step]
@@ -185,6 +188,11 @@ class Program:
     bound: list[BoundWeight]
     store: WeightStore
     log: CallLog = field(default_factory=CallLog)
+    devices: Mapping[str, torch.device] = field(default_factory=dict)
+    # Whether repeated calls of one form may be recorded as CUDA graphs.
+    recordable: bool = False
+    # Counts the times that constant slots were filled anew: what was recorded before is stale.
+    generation: int = 0
     _template: list[Any] = field(default_factory=list)
     # The tensors are kept beside the template: an id means nothing once its tensor is gone.
     _foreign: dict[tuple[Any, ...], tuple[tuple[torch.Tensor, ...], list[Any]]] = field(default_factory=dict)
@@ -206,7 +214,13 @@ class Program:
             template[slot] = constant.tensor(self.store, given)
         return template
 
+    @property
+    def template(self) -> list[Any]:
+        """The slots as each call finds them: weights filled in, the rest None."""
+        return self._template
+
     def _stamp(self) -> None:
+        self.generation += 1
         self._bound_indexes = [b.index for b in self.bound]
         self._bound_tensors = [b.tensor for b in self.bound]
         self._bound_versions = [version_of(t) for t in self._bound_tensors]
@@ -226,13 +240,17 @@ class Program:
 
     def run(self, values: list[tuple[int, Any]]) -> list[Any] | None:
         """Run on values already unwrapped, by slot; None if a bound weight was written to since (renew it first)."""
-        if [t._version for t in self._counted] != self._counted_versions:
+        if self.stale():
             return None
         slots = self._template.copy()
         for slot, value in values:
             slots[slot] = value
         self._run_steps(slots)
         return [slots[o] for o in self.outputs]
+
+    def stale(self) -> bool:
+        """Whether a bound weight was written to in place since its copies were made."""
+        return list(map(_VERSION, self._counted)) != self._counted_versions
 
     def weight_slots(self) -> list[WeightSlot]:
         """Where each bound parameter hangs in the model."""
