@@ -212,7 +212,7 @@ def _wrap(
                 raise CaptureError(
                     f"this call needs a graph of its own, and the model has {dynamo.recompile_limit} already",
                     expected="a few graphs: prefill, decode, and one for each batch size and kind of cache",
-                    mend="call the model with fewer different batch sizes and caches, give ktfx.compile dynamic=True, or "
+                    mend="call the model with fewer different batch sizes and caches, pass dynamic=True, or "
                     "raise torch._dynamo.config.recompile_limit",
                 ) from None
             in_pieces = True
