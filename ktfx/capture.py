@@ -144,7 +144,7 @@ def _check_model(model: nn.Module) -> None:
 def _plain_fake(value: Any) -> Any:
     """A placed tensor's fake as a plain fake on the logical device: ``aot_export_module`` refuses subclasses."""
     if isinstance(value, PlacedTensor):
-        inner = value.physical
+        inner = value.stand_in()
         mode = inner.fake_mode if isinstance(inner, torch._subclasses.FakeTensor) else None
         if mode is None:
             return value

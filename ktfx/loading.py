@@ -34,6 +34,9 @@ def from_pretrained(
     """Load a model directory and compile it: ``ktfx.compile(AutoModelForCausalLM.from_pretrained(path), rules)``, with
     every weight loaded where the rules put it.
 
+    Experts that a kernel packs exist only packed where ``state_dict()`` can still return them (``release_host="exact"``
+    unless given).
+
     dtype: as transformers takes it. model_class: AutoModelForCausalLM unless given. options: as for ``ktfx.compile``.
     Before a byte is read: WeightError for a directory without weights or with a truncated file, PlacementError for a
     device too small.
@@ -46,6 +49,7 @@ def from_pretrained(
     directory = check_checkpoint(path)
     cls = model_class or AutoModelForCausalLM
     compile_options = {k: options.pop(k) for k in ("cache", "release_host", "dynamic") if k in options}
+    compile_options.setdefault("release_host", "exact")
     parsed = parse_options({"rules": rules, **options})
     config = AutoConfig.from_pretrained(directory)
     load_ops()

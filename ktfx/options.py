@@ -32,6 +32,11 @@ class CompileOptions:
     query_input: the input whose second dimension is the query length, by a part of its name.
     memory: bytes that each device name may hold, e.g. ``{"cuda:0": "24GiB"}``; None asks the real device.
     keep_graphs: keep every pass's graph before and after (what ``verify`` and the trace read).
+    repro_dir: on a failure in a pass, a compile or a run, write a repro into this directory and name it in the error
+        (also KTFX_REPRO_DIR in the environment); calls then always go through Dynamo.
+    repro_inputs: keep every tensor in a repro, weights too, not just shapes and small integers (KTFX_REPRO_INPUTS=1).
+    cuda_graphs: record decode steps that repeat as CUDA graphs (through ``ktfx.compile``, on real GPUs).
+    pack_cache: a directory where experts packed for the CPU are kept between runs; None keeps none.
     mode: accepted from transformers' CompileConfig; it chooses nothing here.
     """
 
@@ -42,6 +47,10 @@ class CompileOptions:
     query_input: str | None = None
     memory: Mapping[str, int] | None = None
     keep_graphs: bool = False
+    repro_dir: str | None = None
+    repro_inputs: bool = False
+    cuda_graphs: bool = True
+    pack_cache: str | Path | None = None
     mode: str | None = None
     key: str = field(default="", compare=False)
 
@@ -78,6 +87,8 @@ def parse_options(given: Mapping[str, Any] | None, mode: str | None = None) -> C
     if rules is not None and not isinstance(rules, (str, Path, Mapping, Sequence)):
         raise OptionError(
             f"option 'rules' is a {type(rules).__name__}",
+    if options.get("pack_cache") is not None:
+        options["pack_cache"] = checked_directory(options["pack_cache"])
             expected="a path, the name of a shipped rule file, a mapping, or a list of KTransformers rules",
         )
     key = json.dumps(_with_text_keys(options), default=str, sort_keys=True)
@@ -103,6 +114,24 @@ def parse_bytes(value: int | str) -> int:
     """``24GiB``, ``500MB``, 1024 → bytes."""
     if isinstance(value, int) and not isinstance(value, bool) and value >= 0:
         return value
+def checked_directory(value: Any) -> Path:
+    """The pack cache's directory, made if it is not there; OptionError if it cannot be one."""
+    if not isinstance(value, (str, Path)) or not str(value):
+        raise OptionError(f"option 'pack_cache' is {value!r}", expected="a directory")
+    path = Path(value).expanduser()
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OptionError(f"option 'pack_cache': {path} is no directory and cannot be made: {error.strerror}") from None
+    return path
+
+
+def _directory(value: Any) -> str:
+    if not isinstance(value, (str, Path)) or not str(value):
+        raise OptionError(f"option 'repro_dir' is {value!r}", expected="the path of a directory")
+    return str(value)
+
+
     found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?\s*", str(value), re.IGNORECASE)
     if not found:
         raise OptionError(f"{value!r} is no amount of memory", expected="a number of bytes, or text such as '24GiB'")

@@ -66,6 +66,14 @@ class PlacedTensor(torch.Tensor):
     def __repr__(self, **_: Any) -> str:  # type: ignore[override]
         return f"PlacedTensor({self.device_name}, {tuple(self.shape)}, {self.dtype}, says {self.device})"
 
+    def stand_in(self) -> torch.Tensor:
+        """A tensor of the same shape, strides and dtype, for tracing; its data are never read."""
+        return self.physical
+
+    def identity(self) -> int:
+        """Equal for two tensors over the same data."""
+        return id(self.physical)
+
     def fetch(self) -> torch.Tensor:
         """A copy of the data on the logical device (a copy also when both are one real device)."""
         return self.physical.to(self.device, copy=True)
@@ -78,10 +86,10 @@ class PlacedTensor(torch.Tensor):
         kwargs = kwargs or {}
         if func in _KEEP_PLACED:
             return _stay_placed(func, args, kwargs)
-        written = _written_arguments(func, args, kwargs)
+        written = written_arguments(func, args, kwargs)
         if written:
             return _write(func, args, kwargs, written)
-        if _returns_view(func):
+        if returns_view(func):
             return _view(func, args, kwargs)
         return func(*tree_map(_fetched, args), **tree_map(_fetched, kwargs))
 
@@ -108,7 +116,7 @@ def _on(value: Any, device: torch.device) -> Any:
     return value
 
 
-def _written_arguments(func: Any, args: Any, kwargs: Any) -> list[Any]:
+def written_arguments(func: Any, args: Any, kwargs: Any) -> list[Any]:
     """The arguments that the op's schema says it writes to."""
     written: list[Any] = []
     for position, argument in enumerate(func._schema.arguments):
@@ -119,7 +127,7 @@ def _written_arguments(func: Any, args: Any, kwargs: Any) -> list[Any]:
     return [v for v in written if v is not None]
 
 
-def _returns_view(func: Any) -> bool:
+def returns_view(func: Any) -> bool:
     schema = func._schema
     return any(r.alias_info is not None and not r.alias_info.is_write for r in schema.returns)
 

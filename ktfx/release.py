@@ -1,28 +1,208 @@
-"""Give back the host memory of weights that moved: parameters become PlacedTensors over the physical copies."""
+"""Give back the memory of weights that moved or were packed: one physical copy, and ``state_dict()`` as before.
+
+A parameter that lives on another device becomes a PlacedTensor over its copy there. Experts that a kernel packed become
+ReleasedTensors: their numbers are unpacked again, or read from the checkpoint, when somebody asks for them.
+"""
 
 from __future__ import annotations
 
+import warnings
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
+from ktfx.checkpoint import Checkpoint, ExpertsReader, experts_reader, open_checkpoint
 from ktfx.devices import DeviceMap
+from ktfx.errors import KtfxWarning, WeightError
+from ktfx.experts_requests import PlacedExperts, placed_experts
 from ktfx.placed_tensor import PlacedTensor
+from ktfx.progress import report as report_progress
+from ktfx.released_tensor import ReleasedTensor, TensorSource
 from ktfx.resolve import Resolution
 from ktfx.state import ModelState
+from ktfx.text import human_bytes
+from ktfx.weight_requests import PackedRequest
+from ktfx.weights import WeightStore
 
 
-def release_host_copies(model: nn.Module, state: ModelState) -> int:
-    """Move every parameter that the rules place elsewhere; returns the bytes released from the logical device.
+def release_host_copies(model: nn.Module, state: ModelState, mode: bool | str = True) -> int:
+    """Release every parameter that the rules place elsewhere or pack; returns the bytes given back.
+
+    mode: True releases all, and raises WeightError, before anything is changed, where a weight could not be given back
+    bit for bit. ``exact`` keeps those weights, with a warning. ``lossy`` releases them too: ``state_dict()`` then holds
+    what the kernels compute with.
 
     A weight that two devices want keeps one home (its generate device) and is copied from there. ``state_dict()``
-    fetches, so saving works as before.
+    fetches, so saving works as before. Packing goes layer by layer, each layer's own memory given back before the next
+    is packed, so that there is never a second copy of more than one layer.
     """
     logical = next(model.parameters()).device
-    released = place_module_tensors(model, state.resolution, state.devices, state.logical_name, logical)
+    released = _release_packed(model, state, mode, logical)
+    released += place_module_tensors(model, state.resolution, state.devices, state.logical_name, logical)
     state.store.reindex()
     return released
+
+
+# --- packed experts --------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class PackedSource(TensorSource):
+    """A part of a packed layer, unpacked. packed: the store's own list, renewed in place."""
+
+    request: PackedRequest
+    packed: Sequence[torch.Tensor]
+    part: str
+    dtype: torch.dtype
+
+    def read(self) -> torch.Tensor:
+        return self._read(range(self.request.spec.num_experts))
+
+    def read_first(self, index: int) -> torch.Tensor:
+        return self._read(range(index, index + 1))[0]
+
+    def _read(self, experts: range) -> torch.Tensor:
+        return self.request.unpacked(self.packed, self.part, experts).to(self.dtype)
+
+
+@dataclass(frozen=True, eq=False)
+class CheckpointSource(TensorSource):
+    """A parameter read again from the files it came from."""
+
+    reader: ExpertsReader
+
+    def read(self) -> torch.Tensor:
+        return self.reader.read(range(self.reader.shape[0]))
+
+    def read_first(self, index: int) -> torch.Tensor:
+        return self.reader.read(range(index, index + 1))[0]
+
+
+def _release_packed(model: nn.Module, state: ModelState, mode: bool | str, logical: torch.device) -> int:
+    """Pack the experts that only packed weights are read of, and give their own memory back, layer by layer."""
+    owners = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
+    checkpoint = open_checkpoint(getattr(model, "name_or_path", None))
+    chosen = []
+    kept: dict[str, int] = {}
+    for experts in placed_experts(model, state.resolution, state.devices):
+        own = _own_parameters(model, experts)
+        if any(isinstance(p, ReleasedTensor) or owners[id(p)] > 1 for p in own.values()):
+            continue  # done already, or tied to another module
+        exact = next((r for r in experts.requests if r[0].spec.weights == "model"), None)
+        readers = None if exact else _readers(checkpoint, experts, own)
+        if exact is None and readers is None and mode != "lossy":
+            if mode is True:
+                raise _cannot_give_back(experts)
+            kept[experts.path] = sum(_bytes(p) for p in own.values())
+            continue
+        chosen.append((experts, exact or experts.requests[0], readers))
+    released = 0
+    for done, (experts, (request, device), readers) in enumerate(chosen):
+        report_progress("pack", done, len(chosen))
+        for each, name in experts.requests:
+            state.store.packed(each, name)
+        own = _own_parameters(model, experts)
+        sources = _sources(state.store, request, device, readers, own, mode)
+        if sources is None:
+            kept[experts.path] = sum(_bytes(p) for p in own.values())
+            continue
+        released += _replace(model, experts, sources, device, logical)
+        del own, sources
+        state.store.source_replaced([name for _, name in request.parts])
+    if kept:
+        warnings.warn(
+            f"{human_bytes(sum(kept.values()))} of the model's own weights stay beside their packed copies "
+            f"({len(kept)} modules, {next(iter(kept))} first): their format rounds and no checkpoint gives them back; "
+            "release_host='lossy' would release them",
+            KtfxWarning,
+            stacklevel=3,
+        )
+    return released
+
+
+def _own_parameters(model: nn.Module, experts: PlacedExperts) -> dict[str, torch.Tensor]:
+    """part → the module's parameter."""
+    module = model.get_submodule(experts.path)
+    return {part: getattr(module, leaf) for part, leaf in experts.layout.parameters.items()}
+
+
+def _bytes(tensor: torch.Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
+
+
+def _readers(
+    checkpoint: Checkpoint | None, experts: PlacedExperts, own: dict[str, torch.Tensor]
+) -> dict[str, ExpertsReader] | None:
+    spec, found = experts.layout.spec, {}
+    for part, tensor in own.items():
+        name = f"{experts.path}.{experts.layout.parameters[part]}"
+        plain = not spec.transposed and not spec.interleaved and spec.gate != "none"
+        reader = experts_reader(checkpoint, name, part, tuple(tensor.shape), tensor.dtype, plain)
+        if reader is None:
+            return None
+        found[part] = reader
+    return found
+
+
+def _sources(
+    store: WeightStore,
+    request: PackedRequest,
+    device: str,
+    readers: dict[str, ExpertsReader] | None,
+    own: dict[str, torch.Tensor],
+    mode: bool | str,
+) -> dict[str, TensorSource] | None:
+    """Where each part's numbers come from once its memory is gone; None to keep it."""
+    packed = store.packed(request, device)
+    unpacking: dict[str, TensorSource] = {part: PackedSource(request, packed, part, t.dtype) for part, t in own.items()}
+    if readers is not None:
+        if all(readers[part].matches(tensor) for part, tensor in own.items()):
+            return {part: CheckpointSource(reader) for part, reader in readers.items()}
+        exact = False
+    else:
+        exact = request.spec.weights == "model" and (
+            request.unpacks_exactly or all(torch.equal(unpacking[p].read(), t.cpu()) for p, t in own.items())
+        )
+    if exact or mode == "lossy":
+        return unpacking
+    if mode is True:
+        raise WeightError(
+            "the weights in memory are neither in the packed copy bit for bit nor in the checkpoint they came from",
+            module=request.parts[0][1],
+            mend="use release_host='exact' to keep such weights, or 'lossy' to let state_dict() return packed numbers",
+        )
+    return None
+
+
+def _replace(
+    model: nn.Module, experts: PlacedExperts, sources: dict[str, TensorSource], device: str, logical: torch.device
+) -> int:
+    module, total = model.get_submodule(experts.path), 0
+    for part, leaf in experts.layout.parameters.items():
+        old = getattr(module, leaf)
+        shell = torch.empty_strided(old.shape, old.stride(), dtype=old.dtype, device="meta")
+        released = ReleasedTensor(shell, sources[part], device, logical)
+        total += _bytes(old)
+        module._parameters[leaf] = nn.Parameter(released, requires_grad=False)
+    return total
+
+
+def _cannot_give_back(experts: PlacedExperts) -> WeightError:
+    request = experts.requests[0][0]
+    return WeightError(
+        f"its weights are packed as {request.spec.weights}, which rounds, so state_dict() could not return them",
+        module=experts.path,
+        expected="a format that keeps every bit, or a model loaded from a local directory of safetensors that hold it",
+        mend="load it with from_pretrained from a local directory; or release_host='exact' to keep such weights, or "
+        "'lossy' to let state_dict() return what the kernels compute with",
+    )
+
+
+# --- weights on other devices ----------------------------------------------------------------------------------------
 
 
 def place_module_tensors(
@@ -63,9 +243,9 @@ def _fetch_state_dict(module: nn.Module, state_dict: dict[str, Any], prefix: str
     fetched: dict[int, Any] = {}
     for key, value in state_dict.items():
         if isinstance(value, PlacedTensor):
-            if id(value.physical) not in fetched:
-                fetched[id(value.physical)] = value.fetch()
-            state_dict[key] = fetched[id(value.physical)]
+            if value.identity() not in fetched:
+                fetched[value.identity()] = value.fetch()
+            state_dict[key] = fetched[value.identity()]
 
 
 def fetch_released(model: nn.Module) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import weakref
 from collections import Counter
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from torch import nn
 from ktfx.devices import DeviceMap, device_map, written_device
 from ktfx.errors import KtfxWarning
 from ktfx.options import CompileOptions
+from ktfx.pack_cache import PackCache
 from ktfx.pass_manager import PassContext, PassRecord, RunCount
 from ktfx.program.build import BuiltProgram
 from ktfx.program.program import CallLog
@@ -85,7 +87,8 @@ def model_state(model: nn.Module, options: CompileOptions, logical: torch.device
         load_ops()
         check_budget(model, resolution, devices, options.memory, logical_name)
         unbuilt = check_ops(resolution)
-        store = WeightStore(model, devices, logical_name)
+        cache = PackCache(Path(options.pack_cache)) if options.pack_cache is not None else None
+        store = WeightStore(model, devices, logical_name, cache)
         state = states[key] = ModelState(ruleset, resolution, devices, logical_name, store, options)
         emit_warnings([*resolution.warnings, *unbuilt])
     return state

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Protocol
 
 import torch
@@ -78,6 +78,20 @@ class PackedRequest:
             return None
         plain = experts_kernel(self.kernel).dequantised(self.spec, list(packed))
         return {part: _model_layout(self.spec, part, plain[part]) for part, _ in self.parts}
+
+    @property
+    def unpacks_exactly(self) -> bool:
+        """Whether the kernel promises the model's own numbers, bit for bit, from this pack."""
+        return self.spec.weights == "model" and experts_kernel(self.kernel).restored is not None
+
+    def unpacked(self, packed: Sequence[torch.Tensor], part: str, experts: range) -> torch.Tensor:
+        """A part of the packed weights for a range of experts, in the model's layout: what the kernel computes with."""
+        kernel = experts_kernel(self.kernel)
+        if kernel.restored is not None and self.spec.weights == "model":
+            return kernel.restored(self.spec, packed, part, experts)
+        few = replace(self.spec, num_experts=len(experts))
+        chosen = [t[experts.start : experts.stop] if t.dim() > 1 or t.numel() else t for t in packed]
+        return _model_layout(few, part, kernel.dequantised(few, chosen)[part])
 
 
 def _model_layout(spec: ExpertsSpec, part: str, plain: torch.Tensor) -> torch.Tensor:

@@ -7,7 +7,7 @@ copied; tied parameters (one storage, two names) are one weight.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -15,7 +15,10 @@ from torch import nn
 
 from ktfx.devices import DeviceMap
 from ktfx.errors import WeightError
+from ktfx.pack_cache import PackCache
 from ktfx.placed_tensor import PlacedTensor, physical_of
+from ktfx.progress import report as report_progress
+from ktfx.released_tensor import ReleasedTensor
 from ktfx.weight_requests import WeightRequest
 
 
@@ -53,13 +56,16 @@ def version_of(tensor: torch.Tensor) -> int:
 class WeightStore:
     """All physical weights of one model.
 
-    logical_name: the device name where the model's plain parameters lie.
+    logical_name: the device name where the model's plain parameters lie. pack_cache: packed experts kept on disk.
     """
 
-    def __init__(self, model: nn.Module, devices: DeviceMap, logical_name: str) -> None:
+    def __init__(
+        self, model: nn.Module, devices: DeviceMap, logical_name: str, pack_cache: PackCache | None = None
+    ) -> None:
         self._model = weakref.ref(model)
         self.devices = devices
         self.logical_name = logical_name
+        self.pack_cache = pack_cache
         self._entries: dict[tuple[str, str, str], StoredWeight] = {}
         self._canonical: dict[str, str] = {}
         self._index_names()
@@ -102,7 +108,10 @@ class WeightStore:
             part: physical_of(given[name] if name in given else self.tensor(name)).detach()
             for part, name in request.parts
         }
-        return request.pack(tensors, self.devices[device])
+        target = self.devices[device]
+        if self.pack_cache is None:
+            return request.pack(tensors, target)
+        return self.pack_cache.packed(request, tensors, target)
 
     def canonical(self, name: str) -> str:
         return self._canonical.get(name, name)
@@ -113,7 +122,7 @@ class WeightStore:
         entry = self._entries.get(key)
         if entry is None:
             source = self.tensor(name)
-            own = _own_place(source, self.logical_name) == device
+            own = _own_place(source, self.logical_name) == device and not isinstance(source, ReleasedTensor)
             tensor = self.copy_of(source, name, device)
             entry = StoredWeight((key[0],), device, "model", [tensor], owned=not own)
             entry.sources = [self._stamp(name)]
@@ -122,8 +131,8 @@ class WeightStore:
 
     def packed(self, request: WeightRequest, device: str) -> list[torch.Tensor]:
         """The tensors of a request on a device name; made at the first request."""
+        key = self._key(request, device)
         names = tuple(self.canonical(n) for _, n in request.parts)
-        key = ("|".join(names), device, f"{request.kernel}:{request.spec_text}")
         entry = self._entries.get(key)
         if entry is None:
             entry = StoredWeight(names, device, request.format, self._pack(request, device), owned=True)
@@ -131,6 +140,32 @@ class WeightStore:
             entry.request = request
             self._entries[key] = entry
         return entry.tensors
+
+    def pack_all(self, wanted: Iterable[tuple[WeightRequest, str]]) -> None:
+        """Make the tensors of (request, device name) pairs, one after another, and report how far it has come."""
+        missing = [pair for pair in dict.fromkeys(wanted) if self._key(*pair) not in self._entries]
+        for done, (request, device) in enumerate(missing):
+            report_progress("pack", done, len(missing))
+            self.packed(request, device)
+
+    def source_replaced(self, names: list[str]) -> None:
+        """The parameters of these names were replaced on purpose by others that hold the same numbers."""
+        for entry in self._entries.values():
+            entry.sources = [self._stamp(n) if n in names else (n, i, v) for n, i, v in entry.sources]
+
+    def kept_originals(self) -> dict[str, int]:
+        """Bytes of the model's own parameters that lie beside a packed copy of them, by name."""
+        kept = {}
+        for entry in self._entries.values():
+            for name in entry.names if entry.request is not None else ():
+                tensor = self.tensor(name)
+                if not isinstance(tensor, ReleasedTensor):
+                    kept[name] = tensor.numel() * tensor.element_size()
+        return kept
+
+    def _key(self, request: WeightRequest, device: str) -> tuple[str, str, str]:
+        names = "|".join(self.canonical(n) for _, n in request.parts)
+        return (names, device, f"{request.kernel}:{request.spec_text}")
 
     def _pack(self, request: WeightRequest, device: str) -> list[torch.Tensor]:
         return self.pack_of(request, {}, device)
@@ -160,6 +195,8 @@ class WeightStore:
             sources = [n for n, _, _ in entry.sources]
             if wanted is not None and not wanted.intersection(sources) and not wanted.intersection(entry.names):
                 continue
+            if self._needs_no_renewal(entry):
+                continue
             if entry.request is None:
                 source = physical_of(self.tensor(sources[0])).detach()
                 if source is not entry.tensors[0] and source.data_ptr() != entry.tensors[0].data_ptr():
@@ -171,6 +208,12 @@ class WeightStore:
             entry.sources = [self._stamp(n) for n in sources]
             count += 1
         return count
+
+    def _needs_no_renewal(self, entry: StoredWeight) -> bool:
+        """Released parameters refuse writes: while none was replaced, the pack is what they are."""
+        return entry.request is not None and all(
+            isinstance(self.tensor(n), ReleasedTensor) and self._stamp(n) == (n, i, v) for n, i, v in entry.sources
+        )
 
     def entries(self) -> Iterator[StoredWeight]:
         yield from self._entries.values()
@@ -197,6 +240,8 @@ def _named_tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
 
 
 def _storage_key(tensor: torch.Tensor) -> tuple[object, ...]:
+    if isinstance(tensor, ReleasedTensor):
+        return (tensor.identity(),)
     physical = physical_of(tensor)
     if physical.device.type == "meta":
         return (id(tensor),)

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import fx
 
 from ktfx.errors import PlacementError
+from ktfx.experts_requests import kernel_of, request_for, requested_spec
 from ktfx.graph import GraphInput, fake_mode_of, info, insert_call, insert_placeholder, op_name
 from ktfx.ops.experts import ExpertsSpec, experts_kernel
 from ktfx.ops.experts_layout import ExpertsLayout, experts_layout
 from ktfx.pass_manager import Pass, PassContext, Rewrite, register_pass
 from ktfx.resolve import ModulePlacement
-from ktfx.weight_requests import PackedRequest
 from ktfx.weights import PackedWeight
 
 routed_experts = torch.ops.ktfx.routed_experts.default
@@ -45,7 +45,7 @@ class RewriteExperts(Pass):
         wanted = {
             path: placement
             for path, placement in context.resolution.placements.items()
-            if placement.role == "experts" and _kernel_of(placement, context.phase) is not None
+            if placement.role == "experts" and kernel_of(placement, context.phase) is not None
         }
         for node in gm.graph.nodes:
             if node.op != "call_function":
@@ -61,14 +61,14 @@ class RewriteExperts(Pass):
     def _rewrite(
         self, gm: fx.GraphModule, context: PassContext, path: str, placement: ModulePlacement, nodes: list[fx.Node]
     ) -> None:
-        kernel_name = _kernel_of(placement, context.phase)
+        kernel_name = kernel_of(placement, context.phase)
         assert kernel_name is not None
         module = context.captured.model.get_submodule(path)
         layout = experts_layout(module)
         if isinstance(layout, str):
             return self._cannot(context, placement, layout)
         kernel = experts_kernel(kernel_name)
-        spec = self._spec(layout, placement, context.phase)
+        spec = requested_spec(layout, placement, context.phase)
         device = context.devices[placement.at(context.phase).device]
         dtype = getattr(module, layout.parameters["down"]).dtype
         reason = kernel.unsupported(spec, dtype, device)
@@ -81,15 +81,6 @@ class RewriteExperts(Pass):
             return None
         self._replace(gm, context, path, placement, kernel_name, spec, layout, region, dtype)
         return None
-
-    @staticmethod
-    def _spec(layout: ExpertsLayout, placement: ModulePlacement, phase: str) -> ExpertsSpec:
-        at = placement.at(phase)
-        options = dict(placement.rule.replace.options) if placement.rule is not None else {}
-        spec = replace(layout.spec, weights=at.weights or "model")
-        if "activations" in options:
-            spec = replace(spec, activations=str(options["activations"]))
-        return spec
 
     @staticmethod
     def _cannot(context: PassContext, placement: ModulePlacement, reason: str) -> None:
@@ -121,9 +112,7 @@ class RewriteExperts(Pass):
         dtype: torch.dtype,
     ) -> None:
         graph = gm.graph
-        request = PackedRequest(
-            kernel_name, spec, tuple((part, f"{path}.{name}") for part, name in layout.parameters.items())
-        )
+        request = request_for(path, layout, kernel_name, spec)
         packed: list[fx.Node] = []
         mode = fake_mode_of(graph)
         assert mode is not None
@@ -177,14 +166,6 @@ def _size_nodes(graph: fx.Graph, x: fx.Node, like: fx.Node) -> list[object]:
         else:
             sizes.append(insert_call(graph, torch.ops.aten.sym_size.int, (x, dim), like=like))
     return sizes
-
-
-def _kernel_of(placement: ModulePlacement, phase: str) -> str | None:
-    """``cpu`` for ``experts.cpu``; None where the model's own operations stay."""
-    op = placement.at(phase).op
-    if op is None or not op.startswith("experts.") or op == "experts.aten":
-        return None
-    return op.removeprefix("experts.")
 
 
 def _enclosing(module: str, wanted: dict[str, ModulePlacement]) -> str | None:

@@ -31,7 +31,12 @@ if TYPE_CHECKING:
 
 DEMO_RULES = "demo-2gpu-host"
 _WARM_UP_TOKENS = 3  # one from the prefill graph, two from the decode graph
-_STAGES = {"capture": "reading the graph", "passes": "rewriting", "compile": "compiling partitions"}
+_STAGES = {
+    "capture": "reading the graph",
+    "passes": "rewriting",
+    "pack": "packing weights",
+    "compile": "compiling partitions",
+}
 
 
 class Backend(StrEnum):
@@ -348,6 +353,8 @@ def _as_json(outcome: Outcome) -> dict[str, Any]:
             {"name": name, "copies": [{"device": e.device, "format": e.format, "bytes": e.nbytes} for e in entries]}
             for name, entries in state.store.duplicates()
         ],
+        "kept_originals": state.store.kept_originals(),
+        "pack_cache": state.store.pack_cache.report() if state.store.pack_cache else None,
     }
 
 
@@ -369,6 +376,10 @@ def _print(outcome: Outcome) -> None:
         extra = sum(sum(e.nbytes for e in entries) - max(e.nbytes for e in entries) for _, entries in doubled)
         note = f"{len(doubled)} weights, {human_bytes(extra)} more than one copy of each"
         console.print(Text.assemble(("kept twice  ", "yellow"), note), soft_wrap=True)
+    kept = state.store.kept_originals()
+    if kept:
+        note = f"{len(kept)} weights, {human_bytes(sum(kept.values()))}, beside their packed copies (see release_host)"
+        console.print(Text.assemble(("originals  ", "yellow"), note), soft_wrap=True)
     if outcome.simulated:
         note = f"{', '.join(outcome.simulated)} played by another device; every transfer is a real copy"
         console.print(Text.assemble(("simulated  ", "dim"), note), soft_wrap=True)

@@ -89,6 +89,12 @@ int32_t ktfx_matrix_layout(ktfx_matrix* m, int32_t format, int32_t group, int32_
 int32_t ktfx_pack(const ktfx_matrix* m, const ktfx_source* sources, int32_t experts, uint8_t* out, char* message);
 // One expert's tiles to floats (N, K), gate rows then up rows: the weights that the kernels compute with.
 int32_t ktfx_unpack(const ktfx_matrix* m, const uint8_t* packed, float* out);
+// The inverse of ktfx_pack for F32, BF16 and F16: the model's own numbers, bit for bit, to where the targets say (their
+// data is written to, in the format's dtype). KTFX_BAD_ARGUMENT for formats that round.
+int32_t ktfx_restore(const ktfx_matrix* m, const uint8_t* packed, const ktfx_source* targets, int32_t experts,
+                     char* message);
+// 128 bits that tell contents apart (not against forgery), on all threads; the same on every machine of one byte order.
+int32_t ktfx_hash(const void* data, int64_t bytes, uint64_t out[2]);
 // Before packing: huge pages, and every node's share of every expert in that node's memory.
 void ktfx_place(uint8_t* data, const ktfx_matrix* m, int32_t experts, int32_t is_down);
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
-from ctypes import POINTER, c_char, c_char_p, c_double, c_float, c_int32, c_int64, c_uint32, c_void_p
+from ctypes import POINTER, c_char, c_char_p, c_double, c_float, c_int32, c_int64, c_uint32, c_uint64, c_void_p
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -76,6 +76,8 @@ _SIGNATURES: dict[str, tuple[object, list[object]]] = {
     "ktfx_shares": (c_int32, []),
     "ktfx_matrix_layout": (c_int32, [POINTER(Matrix), c_int32, c_int32, c_int32, c_int32, c_int32, c_int32]),
     "ktfx_pack": (c_int32, [POINTER(Matrix), POINTER(Source), c_int32, c_void_p, c_char_p]),
+    "ktfx_restore": (c_int32, [POINTER(Matrix), c_void_p, POINTER(Source), c_int32, c_char_p]),
+    "ktfx_hash": (c_int32, [c_void_p, c_int64, POINTER(c_uint64)]),
     "ktfx_unpack": (c_int32, [POINTER(Matrix), c_void_p, c_void_p]),
     "ktfx_place": (None, [c_void_p, POINTER(Matrix), c_int32, c_int32]),
     "ktfx_experts": (c_int32, [POINTER(Call)]),

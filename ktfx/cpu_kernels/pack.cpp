@@ -202,6 +202,73 @@ void pack_task(void* context, int, int64_t task, int) {
   }
 }
 
+// Tiles back to rows, for the formats that do not round.
+void restore_task(void* context, int, int64_t task, int) {
+  const Packing& p = *(const Packing*)context;
+  const ktfx_matrix& m = *p.m;
+  const int64_t expert = task / p.tasks_expert, first = task % p.tasks_expert * kTilesTask;
+  const ktfx_source& target = p.sources[expert];
+  const int e = m.format == KTFX_FMT_F32 ? 4 : 2;
+  std::vector<char> row(m.Kp * e);
+  for (int64_t tile = first; tile < std::min<int64_t>(first + kTilesTask, m.tiles); ++tile) {
+    const uint8_t* from = p.out + (expert * m.tiles + tile) * m.tile_bytes;
+    for (int i = 0; i < kTile; ++i) {
+      const int64_t n = plain_row(m, tile, i);
+      if (n < 0) continue;
+      char* to = (char*)target.data + source_row(m, target, n) * target.row_stride * e;
+      const bool straight = target.column_stride == 1 && m.K == m.Kp;
+      char* line = straight ? to : row.data();
+      if (m.format == KTFX_FMT_F16)
+        for (int64_t k = 0; k < m.K; ++k) memcpy(line + 2 * k, from + (k * kTile + i) * 2, 2);
+      else  // a 32-bit word of a row is one F32 or two BF16
+        for (int64_t w = 0; w < m.Kp * e / 4; ++w) memcpy(line + 4 * w, from + (w * kTile + i) * 4, 4);
+      if (straight) continue;
+      if (target.column_stride == 1) memcpy(to, line, m.K * e);
+      else
+        for (int64_t k = 0; k < m.K; ++k) memcpy(to + k * target.column_stride * e, line + k * e, e);
+    }
+  }
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+
+constexpr int64_t kHashPiece = 1 << 20;
+
+uint64_t mixed(uint64_t h) {
+  h = (h ^ h >> 32) * 0xd6e8feb86659fd93ull;
+  h = (h ^ h >> 32) * 0xd6e8feb86659fd93ull;
+  return h ^ h >> 32;
+}
+
+struct Hashing {
+  const char* data;
+  int64_t bytes;
+  std::vector<uint64_t> sums;  // two a piece
+};
+
+void hash_task(void* context, int, int64_t task, int) {
+  Hashing& h = *(Hashing*)context;
+  const char* at = h.data + task * kHashPiece;
+  const int64_t n = std::min(kHashPiece, h.bytes - task * kHashPiece);
+  uint64_t lanes[4] = {0x9e3779b97f4a7c15ull, 0xbf58476d1ce4e5b9ull, 0x94d049bb133111ebull, 0x2545f4914f6cdd1dull};
+  auto step = [&lanes](const char* from) {
+    for (int i = 0; i < 4; ++i) {
+      uint64_t word;
+      memcpy(&word, from + 8 * i, 8);
+      const uint64_t x = (lanes[i] ^ word) * 0x9fb21c651e98df25ull;
+      lanes[i] = x << 29 | x >> 35;
+    }
+  };
+  int64_t i = 0;
+  for (; i + 32 <= n; i += 32) step(at + i);
+  char tail[32] = {};
+  memcpy(tail, at + i, n - i);
+  step(tail);
+  const uint64_t a = mixed(lanes[0] + (uint64_t)n), b = mixed(lanes[1] ^ a), c = mixed(lanes[2] ^ b);
+  h.sums[2 * task] = mixed(lanes[3] ^ c);
+  h.sums[2 * task + 1] = mixed(h.sums[2 * task] ^ (a + 3 * b + 5 * c));
+}
+
 float e4m3_value(uint8_t b) {
   const int e = b >> 3 & 15, f = b & 7;
   const float v = e ? std::ldexp(1.0f + f / 8.0f, e - 7) : std::ldexp(f / 8.0f, -6);
@@ -290,6 +357,52 @@ int32_t ktfx_pack(const ktfx_matrix* m, const ktfx_source* sources, int32_t expe
     return KTFX_OK;
   } catch (const std::exception& e) {
     snprintf(message, KTFX_MESSAGE, "%s", e.what());
+    return KTFX_NO_MEMORY;
+  }
+}
+
+int32_t ktfx_restore(const ktfx_matrix* m, const uint8_t* packed, const ktfx_source* targets, int32_t experts,
+                     char* message) {
+  if (m->format > KTFX_FMT_F16) {
+    snprintf(message, KTFX_MESSAGE, "the format rounds: the model's own numbers are not in it");
+    return KTFX_BAD_ARGUMENT;
+  }
+  try {
+    Packing p;
+    p.m = m;
+    p.sources = targets;
+    p.out = (uint8_t*)packed;
+    p.kernels = &kernels();
+    p.tasks_expert = (m->tiles + kTilesTask - 1) / kTilesTask;
+    std::shared_ptr<Pool> workers = pool();
+    std::lock_guard<std::mutex> hold(workers->busy);
+    workers->begin_call();
+    int64_t tasks[kMaxShares] = {experts * p.tasks_expert};
+    workers->run(tasks, restore_task, &p);
+    return KTFX_OK;
+  } catch (const std::exception& e) {
+    snprintf(message, KTFX_MESSAGE, "%s", e.what());
+    return KTFX_NO_MEMORY;
+  }
+}
+
+int32_t ktfx_hash(const void* data, int64_t bytes, uint64_t out[2]) {
+  try {
+    const int64_t pieces = (bytes + kHashPiece - 1) / kHashPiece;
+    Hashing h{(const char*)data, bytes, std::vector<uint64_t>(2 * pieces)};
+    std::shared_ptr<Pool> workers = pool();
+    std::lock_guard<std::mutex> hold(workers->busy);
+    workers->begin_call();
+    int64_t tasks[kMaxShares] = {pieces};
+    workers->run(tasks, hash_task, &h);
+    out[0] = mixed((uint64_t)bytes + 1);
+    out[1] = mixed(out[0]);
+    for (uint64_t sum : h.sums) {
+      out[0] = mixed(out[0] ^ sum) + out[1];
+      out[1] = mixed(out[1] + sum) ^ out[0] << 1;
+    }
+    return KTFX_OK;
+  } catch (const std::exception&) {
     return KTFX_NO_MEMORY;
   }
 }

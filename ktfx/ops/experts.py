@@ -85,6 +85,8 @@ class ExpertsKernel:
         ``down_bias``; any strides, host or device) to the kernel's own layout on ``device``, as ``packed_meta`` says.
     forward(spec, x_TH, ids_TK, weights_TK, packed): the call; returns (T, H) in x's dtype.
     dequantised(spec, packed): the weights it really computes with, in the plain layout (tests, error reports).
+    restored(spec, packed, part, experts): the model's own tensor of a part for a range of experts, bit for bit and in
+        the model's layout, from a pack of the format ``model``; None where the kernel has no such way.
     """
 
     name: str
@@ -93,6 +95,7 @@ class ExpertsKernel:
     pack: Callable[[ExpertsSpec, Mapping[str, torch.Tensor], torch.device], list[torch.Tensor]]
     forward: Callable[[ExpertsSpec, torch.Tensor, torch.Tensor, torch.Tensor, Sequence[torch.Tensor]], torch.Tensor]
     dequantised: Callable[[ExpertsSpec, Sequence[torch.Tensor]], dict[str, torch.Tensor]]
+    restored: Callable[[ExpertsSpec, Sequence[torch.Tensor], str, range], torch.Tensor] | None = None
 
 
 _KERNELS: dict[str, ExpertsKernel] = {}

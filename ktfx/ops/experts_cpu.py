@@ -195,6 +195,16 @@ def _dequantised(spec: ExpertsSpec, packed: Sequence[torch.Tensor]) -> dict[str,
     return {name: torch.stack([weights[name] for weights in each]) for name in each[0]}
 
 
+def _restored(spec: ExpertsSpec, packed: Sequence[torch.Tensor], part: str, experts: range) -> torch.Tensor:
+    if _is_native():
+        return experts_native.restored(spec, packed, part, experts)
+    names = ("gate_up", "down", "gate_up_bias", "down_bias")
+    plain = packed[names.index(part)][experts.start : experts.stop]
+    if spec.interleaved and spec.gate != "none" and part in ("gate_up", "gate_up_bias"):
+        plain = torch.stack(plain.chunk(2, dim=1), dim=2).flatten(1, 2)
+    return (plain.transpose(1, 2) if spec.transposed and not part.endswith("_bias") else plain).clone()
+
+
 CPU_KERNEL = register_experts_kernel(
     ExpertsKernel(
         name="cpu",
@@ -203,5 +213,6 @@ CPU_KERNEL = register_experts_kernel(
         pack=_pack,
         forward=_forward,
         dequantised=_dequantised,
+        restored=_restored,
     )
 )

@@ -137,6 +137,47 @@ def _pack_matrix(
             run([source(expert)], e)
 
 
+def restored(spec: ExpertsSpec, packed: Sequence[torch.Tensor], part: str, experts: range) -> torch.Tensor:
+    """A part of a layer packed as ``model``, bit for bit, in the model's layout and dtype, for a range of experts."""
+    dtype = packed[-1].dtype
+    interleaved = spec.interleaved and spec.gate != "none"
+    if part.endswith("_bias"):
+        bias = packed[2 if part == "gate_up_bias" else 3][experts.start : experts.stop]
+        if interleaved and part == "gate_up_bias":
+            bias = torch.stack(bias.chunk(2, dim=1), dim=2).flatten(1)
+        return bias.to(dtype, copy=True)  # packed as float32, which holds every bfloat16 and float16
+    which = ("gate_up", "down").index(part)
+    matrix, tiles = _layouts(spec, dtype)[which], packed[which]
+    N, K = (matrix.K, matrix.N) if spec.transposed else (matrix.N, matrix.K)
+    out = torch.empty(len(experts), N, K, dtype=dtype)
+    plain = out.transpose(1, 2) if spec.transposed else out
+    targets = [
+        native.Source(t.data_ptr(), DTYPES[dtype], t.stride(0), t.stride(1), int(interleaved and not which), 0, 0, 0)
+        for t in plain
+    ]
+    message = ctypes.create_string_buffer(native.MESSAGE_BYTES)
+    array = (native.Source * len(targets))(*targets)
+    if len(targets) and lib().ktfx_restore(
+        ctypes.byref(matrix), tiles[experts.start].data_ptr(), array, len(targets), message
+    ):
+        raise WeightError(f"cannot unpack {part}: {message.value.decode()}")
+    return out
+
+
+def content_hash(tensor: torch.Tensor) -> str:
+    """128 bits over a contiguous host tensor's bytes, in hexadecimal, at the speed of memory."""
+    out = (ctypes.c_uint64 * 2)()
+    if lib().ktfx_hash(tensor.data_ptr(), tensor.numel() * tensor.element_size(), out):
+        raise HostCallError("no memory to hash a tensor")
+    return f"{out[0]:016x}{out[1]:016x}"
+
+
+def place(spec: ExpertsSpec, packed: Sequence[torch.Tensor]) -> None:
+    """Huge pages, and NUMA shares, for packed tensors that are still to be written."""
+    for i, matrix in enumerate(_layouts(spec, packed[-1].dtype)):
+        lib().ktfx_place(packed[i].data_ptr(), ctypes.byref(matrix), spec.num_experts, i)
+
+
 def dequantised(spec: ExpertsSpec, packed: Sequence[torch.Tensor]) -> dict[str, torch.Tensor]:
     """What the kernels compute with, float32, plain layout."""
     up, down = _layouts(spec, packed[-1].dtype)

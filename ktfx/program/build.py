@@ -91,6 +91,7 @@ def build_program(
     outputs = [layout.output(v) for v in user_outputs]
     _free_slots(steps, keep=set(outputs) | layout.fixed)
     program = Program(
+    store.pack_all([(c.weight.request, c.device) for _, c in layout.constants if isinstance(c, PackedPart)])
         steps=steps,
         slots=layout.count,
         constants=layout.constants,

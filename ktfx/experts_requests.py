@@ -1,0 +1,69 @@
+"""What a placement asks of the ``WeightStore`` for an experts module; the same before a graph exists as from one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+from torch import nn
+
+from ktfx.devices import DeviceMap
+from ktfx.ops.experts import ExpertsSpec, experts_kernel
+from ktfx.ops.experts_layout import ExpertsLayout, experts_layout
+from ktfx.resolve import ModulePlacement, Resolution
+from ktfx.weight_requests import PackedRequest
+
+PHASES = ("generate", "prefill")
+
+
+def kernel_of(placement: ModulePlacement, phase: str) -> str | None:
+    """``cpu`` for ``experts.cpu``; None where the model's own operations stay."""
+    op = placement.at(phase).op
+    if op is None or not op.startswith("experts.") or op == "experts.aten":
+        return None
+    return op.removeprefix("experts.")
+
+
+def requested_spec(layout: ExpertsLayout, placement: ModulePlacement, phase: str) -> ExpertsSpec:
+    """The module's spec with the format and activations that its rule asks for."""
+    at = placement.at(phase)
+    options = dict(placement.rule.replace.options) if placement.rule is not None else {}
+    spec = replace(layout.spec, weights=at.weights or "model")
+    if "activations" in options:
+        spec = replace(spec, activations=str(options["activations"]))
+    return spec
+
+
+def request_for(path: str, layout: ExpertsLayout, kernel: str, spec: ExpertsSpec) -> PackedRequest:
+    return PackedRequest(kernel, spec, tuple((part, f"{path}.{name}") for part, name in layout.parameters.items()))
+
+
+@dataclass(frozen=True)
+class PlacedExperts:
+    """An experts module that only packed weights are read of: (request, device name) for each phase, generate first."""
+
+    path: str
+    layout: ExpertsLayout
+    requests: tuple[tuple[PackedRequest, str], ...]
+
+
+def placed_experts(model: nn.Module, resolution: Resolution, devices: DeviceMap) -> Iterator[PlacedExperts]:
+    """The modules whose every phase runs on a kernel that takes them."""
+    for path, placement in resolution.placements.items():
+        if placement.role != "experts" or None in [kernel_of(placement, phase) for phase in PHASES]:
+            continue
+        module = model.get_submodule(path)
+        layout = experts_layout(module)
+        if isinstance(layout, str):
+            continue
+        dtype = getattr(module, layout.parameters["down"]).dtype
+        requests: dict[tuple[PackedRequest, str], None] = {}
+        for phase in PHASES:
+            name, at = kernel_of(placement, phase), placement.at(phase)
+            assert name is not None
+            spec = requested_spec(layout, placement, phase)
+            if experts_kernel(name).unsupported(spec, dtype, devices[at.device]) is not None:
+                break
+            requests[(request_for(path, layout, name, spec), at.device)] = None
+        else:
+            yield PlacedExperts(path, layout, tuple(requests))
