@@ -15,6 +15,7 @@ from torch import nn
 
 from ktfx.backend import compile_graph
 from ktfx.cache import place_cache
+from ktfx.debug.watch import repro_directory
 from ktfx.direct import MAX_FORMS, DirectCall, can_be_called_directly, form_of, note_call, notes_of
 from ktfx.dynamo_access import with_own_code
 from ktfx.errors import CaptureError, KtfxError, KtfxWarning, OptionError
@@ -90,7 +91,8 @@ def compile(
     )
     # Pieces need their guards: they tell the layers apart.
     pieces = torch.compile(original, backend=backend, dynamic=dynamic)
-    direct = direct_calls and not (parsed.verify or parsed.keep_graphs) and can_be_called_directly(model)
+    checked = parsed.verify or parsed.keep_graphs or repro_directory(parsed) is not None
+    direct = direct_calls and not checked and can_be_called_directly(model)
     model.forward = _wrap(model, original, whole, pieces, state, direct)
     generation = getattr(model, "generation_config", None)
     if generation is not None and cache is not None:

@@ -13,6 +13,7 @@ from torch import fx, nn
 from ktfx.capture import capture
 from ktfx.debug.inputs import keeping_inputs
 from ktfx.debug.torch_trace import emit_records, listening
+from ktfx.debug.watch import watch
 from ktfx.options import CompileOptions, parse_options
 from ktfx.pass_manager import PassContext, build_pipeline, run_pipeline
 from ktfx.program.build import build_program
@@ -42,18 +43,20 @@ def compile_graph(
     captured = capture(gm, example_inputs, model=model, query_input=options.query_input)
     state = model_state(captured.model, options, captured.logical)
     context = PassContext(captured, state.resolution, state.devices, state.logical_name, count=state.count)
+    watched = watch(options, captured, state)
     captured_at = time.perf_counter()
 
     report_progress("passes")
     pipeline = build_pipeline(state.ruleset.passes)
     structured = listening()
     keep = options.verify or options.keep_graphs or structured
-    records = run_pipeline(pipeline, captured.gm, context, keep_graphs=keep)
+    with watched.stage("pass"):
+        records = run_pipeline(pipeline, captured.gm, context, keep_graphs=keep)
     if structured:
         emit_records(records, context)
     passed_at = time.perf_counter()
 
-    with torch.no_grad():
+    with torch.no_grad(), watched.stage("compile"):
         built = build_program(
             captured.gm,
             context,
@@ -79,6 +82,7 @@ def compile_graph(
     )
     state.graphs.append(report)
     call = verified(built.program, records, context, state.store) if options.verify else built.program
+    call = watched.calls(call, context)
     return keeping_inputs(call, report, context) if options.keep_graphs else call
 
 

@@ -30,6 +30,8 @@ class KtfxError(Exception):
     module: the dotted module path concerned.
     expected: what was expected there.
     mend: how to mend it, as an instruction.
+
+    repro: the directory in which the failure was kept, where that was asked for (``name_repro``).
     """
 
     def __init__(
@@ -48,7 +50,13 @@ class KtfxError(Exception):
         self.module = module
         self.expected = expected
         self.mend = mend
+        self.repro: str | None = None
         super().__init__(self._text())
+
+    def name_repro(self, directory: str) -> None:
+        """Say in the message where the failure was kept."""
+        self.repro = directory
+        self.args = (self._text(),)
 
     def _text(self) -> str:
         where = [str(self.origin)] if self.origin else []
@@ -61,6 +69,8 @@ class KtfxError(Exception):
             lines.append(f"  expected: {self.expected}")
         if self.mend:
             lines.append(f"  mend: {self.mend}")
+        if self.repro:
+            lines.append(f"  repro: {self.repro} (make it smaller: ktfx reduce {self.repro})")
         return "\n".join(lines)
 
 

@@ -35,6 +35,9 @@ class CompileOptions:
     repro_dir: on a failure in a pass, a compile or a run, write a repro into this directory and name it in the error
         (also KTFX_REPRO_DIR in the environment); calls then always go through Dynamo.
     repro_inputs: keep every tensor in a repro, weights too, not just shapes and small integers (KTFX_REPRO_INPUTS=1).
+    repro_dir: on a failure in a pass, a compile or a run, write a repro into this directory and name it in the error
+        (also KTFX_REPRO_DIR in the environment); calls then always go through Dynamo.
+    repro_inputs: keep every tensor in a repro, weights too, not just shapes and small integers (KTFX_REPRO_INPUTS=1).
     cuda_graphs: record decode steps that repeat as CUDA graphs (through ``ktfx.compile``, on real GPUs).
     pack_cache: a directory where experts packed for the CPU are kept between runs; None keeps none.
     mode: accepted from transformers' CompileConfig; it chooses nothing here.
@@ -47,6 +50,8 @@ class CompileOptions:
     query_input: str | None = None
     memory: Mapping[str, int] | None = None
     keep_graphs: bool = False
+    repro_dir: str | None = None
+    repro_inputs: bool = False
     repro_dir: str | None = None
     repro_inputs: bool = False
     cuda_graphs: bool = True
@@ -68,6 +73,9 @@ def parse_options(given: Mapping[str, Any] | None, mode: str | None = None) -> C
         raise OptionError(f"unknown mode {mode!r}", expected="one of " + ", ".join(str(m) for m in _MODES))
     _expect(options, "verify", bool)
     _expect(options, "keep_graphs", bool)
+    _expect(options, "repro_inputs", bool)
+    if options.get("repro_dir") is not None:
+        options["repro_dir"] = _directory(options["repro_dir"])
     _expect(options, "query_input", str)
     backend = options.get("partition_backend", "inductor")
     if backend not in BACKENDS:
@@ -108,6 +116,12 @@ def _expect(options: Mapping[str, Any], name: str, kind: type) -> None:
     value = options.get(name)
     if value is not None and not isinstance(value, kind):
         raise OptionError(f"option {name!r} is {value!r}", expected=f"a {kind.__name__}")
+
+
+def _directory(value: Any) -> str:
+    if not isinstance(value, (str, Path)) or not str(value):
+        raise OptionError(f"option 'repro_dir' is {value!r}", expected="the path of a directory")
+    return str(value)
 
 
 def parse_bytes(value: int | str) -> int:

@@ -168,6 +168,10 @@ def _lost_update(gm: fx.GraphModule, node: fx.Node, writes: dict[str, int]) -> N
     output.args = (tuple(old if v is node else v for v in output.args[0]),)  # type: ignore[union-attr]
 
 
+def _raising(gm: fx.GraphModule, node: fx.Node, writes: dict[str, int]) -> None:
+    raise ValueError(f"no kernel takes {node.name} of 3 operands")
+
+
 def _is(name: str, extra: Callable[[fx.Node], bool] = lambda n: True) -> Callable[[fx.Node], bool]:
     return lambda node: op_name(node) == name and extra(node)
 
@@ -183,6 +187,7 @@ _EDITS: dict[str, tuple[Callable[[fx.Node], bool], Callable[[fx.GraphModule, fx.
     "dropped_cast": (_is("aten._to_copy.default", _up_cast), _dropped_cast),
     "wrong_device": (_is("aten.mul.Tensor", lambda n: not isinstance(n.args[1], fx.Node)), _wrong_device),
     "lost_cache_update": (_is("aten.index_copy.default"), _lost_update),
+    "raises": (_is("aten.sub.Tensor"), _raising),
 }
 
 

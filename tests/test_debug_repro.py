@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 from debug_models import tiny_session
 
+from ktfx.debug.failure import Failure
 from ktfx.debug.reduce import reduce
-from ktfx.debug.repro import Failure, failure_of, read_repro, write_repro
+from ktfx.debug.repro import failure_of, read_repro, write_repro
 from ktfx.debug.runtime import load_program, make_inputs
 from ktfx.debug.session import Setup
 from ktfx.debug.stats import CacheLookup, graph_stats, missed_because
@@ -32,33 +33,31 @@ FAILURE = Failure("PlacementError", "layer 3 cannot", "Traceback …")
 
 def test_a_failure_is_written_whole_and_can_be_read_and_run(tmp_path: Path) -> None:
     setup = Setup(rules=RULES, layers=1, tiny=True, tokens=4)
-    failure = failure_of(setup)
-    assert failure is not None and failure.kind == "PlacementError" and "int4" in failure.message
-    path = write_repro(setup, failure, tmp_path / "repro")
-    assert {p.name for p in path.iterdir()} == {
-        "repro.json",
-        "rules.yaml",
-        "pipeline.json",
-        "graph.py",
-        "error.txt",
-        "run.sh",
-    }
-    assert [p.name for p in tmp_path.iterdir()] == ["repro"]
+    found = failure_of(setup, tmp_path / "graphs")
+    assert found is not None
+    failure, graph = found
+    assert failure.kind == "PlacementError" and "int4" in failure.message
+    path = write_repro(setup, failure, tmp_path / "repro", found=graph)
+    written = {p.name for p in path.iterdir()}
+    assert written >= {"repro.json", "rules.yaml", "pipeline.json", "graph.py", "error.txt", "run.sh"}
+    assert {p.name for p in tmp_path.iterdir()} <= {"repro", "graphs"}
     forward, inputs = load_program(path / "graph.py")
     assert len(forward(*make_inputs(inputs))) > 0
-    again, pattern = read_repro(path)
-    assert again == replace(setup, rules=again.rules) and again.rules == RULES
-    assert failure_of(again).message == failure.message  # type: ignore[union-attr]
+    again = read_repro(path)
+    assert again.setup == replace(setup, rules=again.setup.rules) and again.setup.rules == RULES
+    assert failure_of(again.setup)[0].message == failure.message  # type: ignore[index]
     with pytest.raises(OptionError, match="exists"):
         write_repro(setup, failure, path)
-    assert json.loads((path / "repro.json").read_text())["error"]["pattern"] == pattern
+    assert json.loads((path / "repro.json").read_text())["error"]["pattern"] == again.pattern
+    assert "ktfx repro demo --tiny --rules rules.yaml --layers 1" in (path / "run.sh").read_text()
 
 
 def test_nothing_is_left_behind_if_writing_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(*_: object) -> None:
         raise OSError("disk full")
 
-    monkeypatch.setattr("ktfx.debug.repro._fill", broken)
+    monkeypatch.setattr("ktfx.debug.repro._write_about", broken)
+    monkeypatch.setattr("ktfx.debug.repro._captured", lambda setup: (None, "no model"))
     with pytest.raises(OSError, match="disk full"):
         write_repro(Setup(), FAILURE, tmp_path / "repro")
     assert list(tmp_path.iterdir()) == []

@@ -109,6 +109,7 @@ def error_json(error: errors.KtfxError) -> dict[str, Any]:
         "module": error.module,
         "expected": error.expected,
         "mend": error.mend,
+        "repro": error.repro,
     }
 
 
@@ -118,7 +119,9 @@ def error_panel(error: errors.KtfxError) -> Panel:
     where += [f"module {error.module or '(the whole model)'}"] if error.module is not None else []
     lines = [Text(", ".join(where), style="bold")] if where else []
     advice = Table.grid(padding=(0, 2))
-    for name, style, text in (("expected", "dim", error.expected), ("mend", "green", error.mend)):
+    reduce = f"{error.repro} (make it smaller: ktfx reduce {error.repro})" if error.repro else None
+    rows = (("expected", "dim", error.expected), ("mend", "green", error.mend), ("repro", "cyan", reduce))
+    for name, style, text in rows:
         if text:
             advice.add_row(Text(name, style), Text(text))
     return _panel(_TITLES.get(exit_code(error), "error"), Group(*lines, Text(error.what), advice))
@@ -156,7 +159,8 @@ def guarded(command: Callable[..., Any]) -> Callable[..., Any]:
                 text = f"{type(error).__name__}: {error}"
                 print_json({"error": {"kind": "internal", "exit_code": int(Exit.INTERNAL), "message": text}})
             hint = Text("Please report it with the output of this command with --debug, and of `ktfx doctor`.")
-            stderr().print(_panel("internal error", Group(Text(f"{type(error).__name__}: {error}"), hint)))
+            notes = [Text(note) for note in getattr(error, "__notes__", ())]
+            stderr().print(_panel("internal error", Group(Text(f"{type(error).__name__}: {error}"), *notes, hint)))
             raise typer.Exit(Exit.INTERNAL) from None
 
     return wrapper

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich.markup import escape
 
 from ktfx.cli.common import Debug, Exit, Json, guarded, print_json, stderr, stdout
 from ktfx.cli.debug_options import (
@@ -20,6 +21,7 @@ from ktfx.cli.debug_options import (
     Tiny,
     Tokens,
 )
+from ktfx.errors import OptionError
 
 Output = Annotated[Path, typer.Option("--output", "-o", metavar="DIR", help="A directory that does not exist yet.")]
 
@@ -43,49 +45,117 @@ def repro(
     debug: Debug = False,
 ) -> None:
     """Compile and run; if anything fails, write all that is needed to see it again. Exit code 1 if it failed."""
+    import tempfile
+
     from ktfx.debug.repro import failure_of, write_repro
     from ktfx.debug.session import Setup
 
+    if output.exists():
+        raise OptionError(f"{output} exists", expected="a directory that does not", mend="give -o another name")
     setup = Setup(model, rules, simulate, layers, tiny, dtype, tokens, phase, backend, seed, verify)
-    failure = failure_of(setup)
-    if failure is None:
-        return print_json({"failed": False}) if as_json else stdout().print("nothing failed; nothing was written")
-    path = write_repro(setup, failure, output, save_inputs=inputs)
+    with tempfile.TemporaryDirectory() as folder:
+        found = failure_of(setup, Path(folder) / "graphs", inputs)
+        if found is None:
+            return print_json({"failed": False}) if as_json else stdout().print("nothing failed; nothing was written")
+        failure, graph = found
+        path = write_repro(setup, failure, output, found=graph)
     if as_json:
-        print_json({"failed": True, "kind": failure.kind, "message": failure.message, "directory": str(path)})
+        print_json(
+            {
+                "failed": True,
+                "kind": failure.kind,
+                "message": failure.message,
+                "directory": str(path),
+                "graph": graph is not None,
+            }
+        )
     else:
-        stdout().print(f"{failure.kind}: {failure.message}", markup=False, soft_wrap=True)
+        stdout().print(failure.text, markup=False, soft_wrap=True)
         stdout().print(f"written to {path}; make it smaller with: ktfx reduce {path}", soft_wrap=True)
+        if graph is not None:
+            stdout().print(f"without the model: python {path / 'run.py'}", soft_wrap=True)
     raise typer.Exit(Exit.NO)
 
 
 @guarded
 def reduce(
-    directory: Annotated[Path, typer.Argument(metavar="DIR", help="What `ktfx repro` wrote.")],
+    directory: Annotated[
+        Path, typer.Argument(metavar="DIR", help="What `ktfx repro` wrote, or a failure under KTFX_REPRO_DIR.")
+    ],
     output: Annotated[Path | None, typer.Option("--output", "-o", metavar="DIR", help="Default: DIR-reduced.")] = None,
     match: Annotated[str | None, typer.Option("--match", help="A regular expression of the error to keep.")] = None,
+    graph: Annotated[
+        bool, typer.Option("--graph", help="Leave the model as it is: only the graph gets smaller.")
+    ] = False,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Make a repro smaller (widths, layers, prompt, rules, passes) as long as it fails with the same error."""
-    from ktfx.debug.reduce import reduce as shrink
-    from ktfx.debug.repro import command_of, read_repro, write_repro
-    from ktfx.errors import OptionError
+    """Make a failure smaller as long as it fails with the same error.
 
-    setup, pattern = read_repro(directory)
+    First the model, where the repro names one (widths, layers, prompt, rules, passes), then its graph, node by node:
+    outputs left out, the end cut off, blocks of nodes made inputs, nodes replaced by an argument, sizes halved.
+    """
+    import re
+    import tempfile
+
+    from ktfx.debug.reduce import reduce as shrink
+    from ktfx.debug.reduce_graph import reduce_graph
+    from ktfx.debug.repro import command_of, failure_of, read_case, read_repro, write_case, write_repro
+
+    found = read_repro(directory)
     output = output or directory.with_name(directory.name + "-reduced")
     if output.exists():
         raise OptionError(f"{output} exists", mend="give -o another name")
+    pattern = match or found.pattern
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise OptionError(f"--match {pattern!r} is no regular expression: {error}") from None
+    if found.setup is None and found.case is None:
+        raise OptionError(
+            f"{directory} holds no graph that can be run again: {found.lacking}",
+            expected="a repro with a module tree, or one that `ktfx repro MODEL` wrote",
+            mend="python graph.py there still runs the graph as it was captured",
+        )
 
     def progress(attempt: Any) -> None:
         word = "[green]kept[/green]" if attempt.kept else "[dim]no[/dim]"
-        stderr().print(f"{attempt.change}: {word}  {attempt.why}", soft_wrap=True)
+        stderr().print(f"{attempt.change}: {word}  {escape(attempt.why)}", soft_wrap=True)
 
-    smaller, failure, attempts = shrink(setup, match or pattern, progress)
-    path = write_repro(smaller, failure, output)
+    setup, case, first = found.setup, found.case, None
+    attempts: list[Any] = []
+    with tempfile.TemporaryDirectory() as folder:
+        if setup is not None and not graph:
+            setup, failure, attempts = shrink(setup, pattern, progress)
+            again = failure_of(setup, Path(folder) / "graphs", True)
+            if again is not None:
+                case = read_case(again[1]) if again[1] is not None else None
+        if case is not None:
+            first = case.nodes
+            case, failure, more = reduce_graph(case, pattern, progress)
+            attempts = [*attempts, *more]
+            path = write_case(case, failure, output, every_tensor=True, setup=setup)
+        else:
+            assert setup is not None
+            path = write_repro(setup, failure, output)
     kept = [a.change for a in attempts if a.kept]
     if as_json:
-        return print_json({"directory": str(path), "kept": kept, "runs": len(attempts) + 1})
-    stdout().print(f"{len(kept)} changes kept in {len(attempts) + 1} runs: {', '.join(kept)}", soft_wrap=True)
-    stdout().print(f"{path}: {command_of(smaller)}", soft_wrap=True)
+        return print_json(
+            {
+                "directory": str(path),
+                "kept": kept,
+                "runs": len(attempts) + 1,
+                "nodes_before": first,
+                "nodes": case.nodes if case is not None else None,
+                "error": failure.text,
+            }
+        )
+    stdout().print(
+        f"{len(kept)} changes kept in {len(attempts) + 1} runs: {failure.text}", markup=False, soft_wrap=True
+    )
+    if case is not None:
+        stdout().print(f"the graph: {first} nodes, now {case.nodes}: {path / 'graph.py'}", soft_wrap=True)
+        stdout().print(f"without the model: python {path / 'run.py'}", soft_wrap=True)
+    if setup is not None:
+        stdout().print(f"the model: {command_of(setup)}", soft_wrap=True)
     return None

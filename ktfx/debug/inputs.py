@@ -30,10 +30,11 @@ def keeping_inputs(call: Callable[..., Any], report: GraphReport, context: PassC
     return first
 
 
-def argument_values(context: PassContext, args: tuple[Any, ...]) -> dict[str, Any]:
+def argument_values(context: PassContext, args: tuple[Any, ...], weights: bool = True) -> dict[str, Any]:
+    """Placeholder name → its argument, on the logical device. weights: parameters and buffers too."""
     values: dict[str, Any] = {}
     for name, entry in context.captured.inputs.items():
-        if entry.index < 0:
+        if entry.index < 0 or (not weights and entry.kind in ("parameter", "buffer")):
             continue
         value = args[entry.index]
         if isinstance(value, PlacedTensor):

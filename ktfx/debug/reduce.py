@@ -7,7 +7,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
-from ktfx.debug.repro import Failure, failure_of, rules_data
+from ktfx.debug.failure import Failure
+from ktfx.debug.repro import failure_of, rules_data
 from ktfx.debug.session import Setup
 from ktfx.errors import KtfxError, OptionError
 
@@ -25,7 +26,7 @@ def reduce(
     setup: Setup,
     pattern: str,
     progress: Callable[[Attempt], None] | None = None,
-    run: Callable[[Setup], Failure | None] = failure_of,
+    run: Callable[[Setup], Failure | None] | None = None,
 ) -> tuple[Setup, Failure, list[Attempt]]:
     """The smallest setup found. pattern: searched in ``kind: message``. OptionError if it does not fail so at first.
 
@@ -33,6 +34,7 @@ def reduce(
     partitions uncompiled, each rule left out, each pass left out.
     """
     wanted = re.compile(pattern)
+    run = run or _failure
     attempts: list[Attempt] = []
 
     def fails(candidate: Setup) -> tuple[Failure | None, str]:
@@ -42,8 +44,7 @@ def reduce(
             return None, f"{type(error).__name__}: {error.what}"
         if failure is None:
             return None, "it did not fail"
-        text = f"{failure.kind}: {failure.message}"
-        return (failure, "") if wanted.search(text) else (None, text)
+        return (failure, "") if wanted.search(failure.text) else (None, failure.text)
 
     found, why = fails(setup)
     if found is None:
@@ -63,6 +64,11 @@ def reduce(
     return setup, found, attempts
 
 
+def _failure(setup: Setup) -> Failure | None:
+    found = failure_of(setup)
+    return found[0] if found is not None else None
+
+
 def _smaller(setup: Setup) -> Iterator[tuple[str, Setup]]:
     if not setup.tiny:
         yield "small widths", replace(setup, tiny=True)
@@ -79,17 +85,19 @@ def _smaller(setup: Setup) -> Iterator[tuple[str, Setup]]:
     if setup.tokens > 2:
         yield f"{max(2, setup.tokens // 2)} tokens", replace(setup, tokens=max(2, setup.tokens // 2))
     if setup.rules is not None:
-        yield from _fewer_rules(setup, rules_data(setup))
+        for change, rules in fewer_rules(rules_data(setup)):
+            yield change, replace(setup, rules=rules)
 
 
-def _fewer_rules(setup: Setup, data: Any) -> Iterator[tuple[str, Setup]]:
+def fewer_rules(data: Any) -> Iterator[tuple[str, Any]]:
+    """(change, rules) with one rule or one pass left out."""
     if isinstance(data, list):
         for number in range(len(data)):
-            yield f"without rule {number + 1}", replace(setup, rules=[r for i, r in enumerate(data) if i != number])
+            yield f"without rule {number + 1}", [r for i, r in enumerate(data) if i != number]
         return
     for key, word in (("rules", "rule"), ("passes", "pass")):
         entries = data.get(key) or []
         for number, entry in enumerate(entries):
             left = [e for i, e in enumerate(entries) if i != number]
             name = entry if isinstance(entry, str) else next(iter(entry)) if key == "passes" else number + 1
-            yield f"without {word} {name}", replace(setup, rules={**data, key: left})
+            yield f"without {word} {name}", {**data, key: left}

@@ -134,7 +134,8 @@ class Checkpoint:
 
 def _copied(context: PassContext) -> PassContext:
     """A context whose graph and collections are its own."""
-    own: dict[str, Any] = {f.name: copy(v) for f in fields(context) if isinstance(v := getattr(context, f.name), (dict, list))}
+    values = {f.name: getattr(context, f.name) for f in fields(context)}
+    own: dict[str, Any] = {name: copy(v) for name, v in values.items() if isinstance(v, (dict, list))}
     captured = replace(context.captured, gm=copy_graph(context.captured.gm), inputs=dict(context.captured.inputs))
     return replace(context, captured=captured, **own)
 

@@ -59,7 +59,7 @@ def make_inputs(inputs: Mapping[str, Input | Packed], saved: Mapping[str, torch.
         elif isinstance(entry, Packed):
             values.append(_pack(entry, saved)[entry.index])
         else:
-            values.append(_made_up(entry))
+            values.append(made_up(entry))
     return values
 
 
@@ -73,7 +73,8 @@ def _pack(entry: Packed, saved: Mapping[str, torch.Tensor]) -> list[torch.Tensor
     return request.pack(tensors, torch.device("cpu"))
 
 
-def _made_up(entry: Input) -> Any:
+def made_up(entry: Input) -> Any:
+    """The value given for an argument, or a random one by its name: the same at every call."""
     if entry.dtype == "int":
         return int(entry.value if entry.value is not None else entry.shape[0])
     if entry.value is not None:

@@ -151,8 +151,13 @@ def _dtype(name: str) -> torch.dtype:
     return found
 
 
-def run(setup: Setup, model: nn.Module | None = None) -> Session:
-    """Compile the model by the rules and run it: one prompt, and one more token if the generate phase is asked for."""
+def run(
+    setup: Setup, model: nn.Module | None = None, *, repro_dir: str | None = None, repro_inputs: bool = False
+) -> Session:
+    """Compile the model by the rules and run it: one prompt, and one more token if the generate phase is asked for.
+
+    repro_dir, repro_inputs: as the options of these names.
+    """
     if setup.phase not in PHASES:
         raise OptionError(f"unknown phase {setup.phase!r}", expected="prefill, generate or both")
     model = model if model is not None else open_model(setup)
@@ -164,6 +169,8 @@ def run(setup: Setup, model: nn.Module | None = None) -> Session:
         partition_backend=setup.backend,
         keep_graphs=True,
         verify=setup.verify,
+        repro_dir=repro_dir,
+        repro_inputs=repro_inputs,
     )
     outputs = generate(model, ids, setup)
     session = Session(setup, model, ktfx.state_of(model), outputs)
