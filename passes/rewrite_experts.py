@@ -8,8 +8,8 @@ import torch
 from torch import fx
 
 from ktfx.errors import PlacementError
-from ktfx.experts_requests import kernel_of, request_for, requested_spec
-from ktfx.graph import GraphInput, fake_mode_of, info, insert_call, insert_placeholder, op_name
+from ktfx.experts_requests import kernel_of, read_parameters, request_for, requested_spec
+from ktfx.graph import GraphInput, fake_mode_of, info, insert_call, insert_placeholder, op_name, placeholders
 from ktfx.ops.experts import ExpertsSpec, experts_kernel
 from ktfx.ops.experts_layout import ExpertsLayout, experts_layout
 from ktfx.pass_manager import Pass, PassContext, Rewrite, register_pass
@@ -112,17 +112,9 @@ class RewriteExperts(Pass):
         dtype: torch.dtype,
     ) -> None:
         graph = gm.graph
-        request = request_for(path, layout, kernel_name, spec)
-        packed: list[fx.Node] = []
-        mode = fake_mode_of(graph)
-        assert mode is not None
-        for index, meta in enumerate(experts_kernel(kernel_name).packed_meta(spec, dtype)):
-            with mode:
-                val = torch.empty(meta.shape, dtype=meta.dtype, device=context.captured.logical)
-            node = insert_placeholder(graph, f"{path.replace('.', '_')}_packed_{index}", val)
-            context.packed[node.name] = PackedWeight(request, index)
-            context.captured.inputs[node.name] = GraphInput("packed", f"{path}[{index}]", -1)
-            packed.append(node)
+        packed = _parameters(graph, context, path, kernel_name, spec, layout)
+        if packed is None:
+            packed = _packed(graph, context, path, kernel_name, spec, layout, dtype)
         before = tuple(op_name(n) for n in region.nodes)
         names_before = tuple(n.name for n in region.nodes)
         like = region.result
@@ -156,6 +148,42 @@ class RewriteExperts(Pass):
                 nodes_after=(call.name,),
             )
         )
+
+
+def _parameters(
+    graph: fx.Graph, context: PassContext, path: str, kernel: str, spec: ExpertsSpec, layout: ExpertsLayout
+) -> list[fx.Node] | None:
+    """The placeholders of the model's own tensors where the kernel reads them as they are."""
+    names = read_parameters(context.captured.model.get_submodule(path), layout, kernel, spec)
+    if names is None:
+        return None
+    by_name = {context.captured.inputs[n.name].name: n for n in placeholders(graph)}
+    found = [by_name.get(f"{path}.{name}") for name in names]
+    return [n for n in found if n is not None] if None not in found else None
+
+
+def _packed(
+    graph: fx.Graph,
+    context: PassContext,
+    path: str,
+    kernel: str,
+    spec: ExpertsSpec,
+    layout: ExpertsLayout,
+    dtype: torch.dtype,
+) -> list[fx.Node]:
+    """New placeholders, one for each tensor that the kernel packs."""
+    request = request_for(path, layout, kernel, spec)
+    mode = fake_mode_of(graph)
+    assert mode is not None
+    packed = []
+    for index, meta in enumerate(experts_kernel(kernel).packed_meta(spec, dtype)):
+        with mode:
+            val = torch.empty(meta.shape, dtype=meta.dtype, device=context.captured.logical)
+        node = insert_placeholder(graph, f"{path.replace('.', '_')}_packed_{index}", val)
+        context.packed[node.name] = PackedWeight(request, index)
+        context.captured.inputs[node.name] = GraphInput("packed", f"{path}[{index}]", -1)
+        packed.append(node)
+    return packed
 
 
 def _size_nodes(graph: fx.Graph, x: fx.Node, like: fx.Node) -> list[object]:

@@ -106,4 +106,10 @@ def forward(
     return reference_experts(spec, x_TH, ids_TK, weights_TK, dequantised(spec, packed))
 
 
-TRITON_KERNEL = register_experts_kernel(ExpertsKernel("triton", unsupported, packed_meta, pack, forward, dequantised))
+def takes_parameters(spec: ExpertsSpec) -> bool:
+    return spec.weights == "model" and not spec.transposed and (not spec.interleaved or spec.gate == "none")
+
+
+TRITON_KERNEL = register_experts_kernel(
+    ExpertsKernel("triton", unsupported, packed_meta, pack, forward, dequantised, takes_parameters=takes_parameters)
+)
