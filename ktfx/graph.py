@@ -195,7 +195,8 @@ def insert_placeholder(graph: fx.Graph, name: str, val: torch.Tensor) -> fx.Node
     last = placeholders(graph)[-1] if placeholders(graph) else None
     point = graph.inserting_after(last) if last is not None else graph.inserting_before(next(iter(graph.nodes)))
     with point:
-        node = graph.placeholder(name)
+        node = graph.placeholder(name if name.isidentifier() else f"_{name}")
+    node.target = node.name  # the generated code spells the target, and a name taken already got a number
     node.meta["val"] = val
     node.meta[INFO] = NodeInfo()
     return node
