@@ -35,9 +35,6 @@ class CompileOptions:
     repro_dir: on a failure in a pass, a compile or a run, write a repro into this directory and name it in the error
         (also KTFX_REPRO_DIR in the environment); calls then always go through Dynamo.
     repro_inputs: keep every tensor in a repro, weights too, not just shapes and small integers (KTFX_REPRO_INPUTS=1).
-    repro_dir: on a failure in a pass, a compile or a run, write a repro into this directory and name it in the error
-        (also KTFX_REPRO_DIR in the environment); calls then always go through Dynamo.
-    repro_inputs: keep every tensor in a repro, weights too, not just shapes and small integers (KTFX_REPRO_INPUTS=1).
     cuda_graphs: record decode steps that repeat as CUDA graphs (through ``ktfx.compile``, on real GPUs).
     pack_cache: a directory where experts packed for the CPU are kept between runs; None keeps none.
     mode: accepted from transformers' CompileConfig; it chooses nothing here.
@@ -50,8 +47,6 @@ class CompileOptions:
     query_input: str | None = None
     memory: Mapping[str, int] | None = None
     keep_graphs: bool = False
-    repro_dir: str | None = None
-    repro_inputs: bool = False
     repro_dir: str | None = None
     repro_inputs: bool = False
     cuda_graphs: bool = True
@@ -76,6 +71,7 @@ def parse_options(given: Mapping[str, Any] | None, mode: str | None = None) -> C
     _expect(options, "repro_inputs", bool)
     if options.get("repro_dir") is not None:
         options["repro_dir"] = _directory(options["repro_dir"])
+    _expect(options, "cuda_graphs", bool)
     _expect(options, "query_input", str)
     backend = options.get("partition_backend", "inductor")
     if backend not in BACKENDS:
@@ -91,12 +87,12 @@ def parse_options(given: Mapping[str, Any] | None, mode: str | None = None) -> C
         )
     if options.get("memory") is not None:
         options["memory"] = {str(k): parse_bytes(v) for k, v in dict(options["memory"]).items()}
+    if options.get("pack_cache") is not None:
+        options["pack_cache"] = checked_directory(options["pack_cache"])
     rules = options.get("rules")
     if rules is not None and not isinstance(rules, (str, Path, Mapping, Sequence)):
         raise OptionError(
             f"option 'rules' is a {type(rules).__name__}",
-    if options.get("pack_cache") is not None:
-        options["pack_cache"] = checked_directory(options["pack_cache"])
             expected="a path, the name of a shipped rule file, a mapping, or a list of KTransformers rules",
         )
     key = json.dumps(_with_text_keys(options), default=str, sort_keys=True)
@@ -118,16 +114,6 @@ def _expect(options: Mapping[str, Any], name: str, kind: type) -> None:
         raise OptionError(f"option {name!r} is {value!r}", expected=f"a {kind.__name__}")
 
 
-def _directory(value: Any) -> str:
-    if not isinstance(value, (str, Path)) or not str(value):
-        raise OptionError(f"option 'repro_dir' is {value!r}", expected="the path of a directory")
-    return str(value)
-
-
-def parse_bytes(value: int | str) -> int:
-    """``24GiB``, ``500MB``, 1024 → bytes."""
-    if isinstance(value, int) and not isinstance(value, bool) and value >= 0:
-        return value
 def checked_directory(value: Any) -> Path:
     """The pack cache's directory, made if it is not there; OptionError if it cannot be one."""
     if not isinstance(value, (str, Path)) or not str(value):
@@ -146,6 +132,10 @@ def _directory(value: Any) -> str:
     return str(value)
 
 
+def parse_bytes(value: int | str) -> int:
+    """``24GiB``, ``500MB``, 1024 → bytes."""
+    if isinstance(value, int) and not isinstance(value, bool) and value >= 0:
+        return value
     found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?\s*", str(value), re.IGNORECASE)
     if not found:
         raise OptionError(f"{value!r} is no amount of memory", expected="a number of bytes, or text such as '24GiB'")
