@@ -22,6 +22,7 @@ from ktfx.errors import CaptureError, KtfxError, KtfxWarning, OptionError
 from ktfx.graph_breaks import first_line, refuse_break_inside_layer
 from ktfx.options import CompileOptions, RulesSource, parse_options
 from ktfx.state import ModelState, forget, model_state, states_of
+from ktfx.stored_linears import adopt, give_up
 
 _ATTRIBUTE = "_ktfx_compiled"
 RECOMPILE_LIMIT = 64
@@ -102,6 +103,7 @@ def compile(
         if generation.cache_implementation is None:
             generation.cache_implementation = cache
         generation.disable_compile = True  # generate() would compile the compiled forward again
+    adopt(model)
     object.__setattr__(model, _ATTRIBUTE, compiled)
     if release_host:
         from ktfx.release import release_host_copies
@@ -254,6 +256,7 @@ def restore(model: nn.Module) -> nn.Module:
         model.generation_config.disable_compile = compiled.disable_compile  # type: ignore[union-attr]
     from ktfx.release import fetch_released
 
+    give_up(model)
     fetch_released(model)
     object.__delattr__(model, _ATTRIBUTE)
     forget(model)

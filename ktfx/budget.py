@@ -10,7 +10,7 @@ from torch import nn
 
 from ktfx.devices import DeviceMap
 from ktfx.errors import PlacementError
-from ktfx.linear_rules import keeps_parameter, linear_choice, packed_bytes
+from ktfx.linear_rules import linear_choice, packed_bytes, read_as_they_are
 from ktfx.ops.experts import experts_kernel, experts_kernel_names
 from ktfx.ops.experts_layout import experts_layout
 from ktfx.ops.linear import linear_kernel, linear_kernel_names
@@ -62,7 +62,7 @@ def _packed_bytes(module: nn.Module, placement: ModulePlacement, phase: str) -> 
     """(format, bytes of each parameter) where a kernel packs the module's weights, else None."""
     choice = linear_choice(module, placement, phase)
     if choice is not None:
-        if choice.kernel not in linear_kernel_names() or keeps_parameter(choice):
+        if choice.kernel not in linear_kernel_names() or read_as_they_are(choice, module):
             return None
         if linear_kernel(choice.kernel).unsupported(choice.spec, choice.dtype, torch.device("cpu")) is not None:
             return None

@@ -15,6 +15,7 @@ from ktfx.devices import is_host
 from ktfx.op_names import family
 from ktfx.ops.linear import LinearSpec, linear_kernel, linear_kernel_names
 from ktfx.resolve import ModulePlacement
+from ktfx.stored_linears import stored_format
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,7 @@ def linear_choice(module: nn.Module, placement: ModulePlacement, phase: str) -> 
     if not isinstance(module, nn.Linear) or placement.rule is None or at.op is None:
         return None
     weights = at.weights or "model"
+    stored = stored_format(module)
     if at.op in ("aten", "linear.aten"):
         if weights == "model":
             return None
@@ -47,9 +49,12 @@ def linear_choice(module: nn.Module, placement: ModulePlacement, phase: str) -> 
         kernel, op = at.op.removeprefix("linear."), at.op
     else:
         return None
+    if stored is not None and weights == "model":
+        weights = stored
     activations = str(placement.rule.replace.options.get("activations", "model"))
     spec = LinearSpec(module.in_features, module.out_features, weights, activations)
-    return LinearChoice(kernel, spec, op, module.weight.dtype)
+    # What a stored layer's scales are rounded to, should a rule ask for another format: its checkpoint does not say.
+    return LinearChoice(kernel, spec, op, torch.bfloat16 if stored is not None else module.weight.dtype)
 
 
 def why_not(choice: LinearChoice, device_name: str, real: torch.device, devices: Mapping[str, str]) -> str | None:
@@ -67,8 +72,11 @@ def packed_bytes(choice: LinearChoice) -> int:
     return sum(torch.Size(m.shape).numel() * m.dtype.itemsize for m in metas)
 
 
-def keeps_parameter(choice: LinearChoice) -> bool:
-    """Whether the kernel reads the parameter as it is, so that no other copy need exist."""
+def read_as_they_are(choice: LinearChoice, module: nn.Module) -> tuple[str, ...] | None:
+    """The layer's own parameters, by name, if the kernel reads just these, so that no other copy need exist."""
+    names = {"model": ("weight",), stored_format(module): ("weight", "weight_scale_inv")}.get(choice.spec.weights)
+    if names is None:
+        return None
+    own = [(tuple(p.shape), p.dtype) for p in map(module.get_parameter, names)]
     metas = linear_kernel(choice.kernel).packed_meta(choice.spec, choice.dtype)
-    shape = (choice.spec.out_features, choice.spec.in_features)
-    return choice.spec.weights == "model" and [(m.shape, m.dtype) for m in metas] == [(shape, choice.dtype)]
+    return names if [(m.shape, m.dtype) for m in metas] == own else None

@@ -96,7 +96,7 @@ def import_compressed_tensors(
     """A ``pack-quantized`` layer of 4 bits: w[n, k] = weight_scale[n, g] · (q[n, k] − zero[n, g]), q from −8 to 7.
 
     weight_packed: int32 (N, ⌈K/8⌉), eight inputs a word, stored as q + 8. weight_scale: float (N, G); G is 1 for one
-    scale per output. weight_zero_point: int32 (⌈N/8⌉, G), packed like the values, or int8 (N, G); None for symmetric ones.
+    scale per output. weight_zero_point: int32 (⌈N/8⌉, G), packed like the values, or int8 (N, G); None where all are 0.
     weight_shape: (N, K); without it K is a multiple of 8. weight_g_idx: as ``g_idx`` of GPTQ.
     """
     _expect_int32("compressed-tensors", weight_packed=weight_packed)

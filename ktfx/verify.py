@@ -210,9 +210,14 @@ def dequantised_weights(context: PassContext, store: WeightStore) -> dict[str, t
         if plain is None:
             continue
         for part, name in request.parts:
-            own = store.tensor(name)
-            result[name] = plain[part].to(own.device, own.dtype)
+            if part in plain:
+                result[name] = _as_the_model_holds_it(plain[part], store.tensor(name))
     return result
+
+
+def _as_the_model_holds_it(plain: torch.Tensor, own: torch.Tensor) -> torch.Tensor:
+    """On the parameter's device, in its dtype; a parameter stored in eight bits could not hold the numbers."""
+    return plain.to(own.device, own.dtype if own.dtype.itemsize > 1 else plain.dtype)
 
 
 def _shared_weights(context: PassContext, store: WeightStore) -> dict[str, tuple[str, torch.Tensor]]:
@@ -223,7 +228,6 @@ def _shared_weights(context: PassContext, store: WeightStore) -> dict[str, tuple
         plain = request.model_weights(store.packed(request, packed_device(packed, context)))
         if plain is None:
             continue
-        ((part, name),) = request.parts
-        own = store.tensor(name)
-        result[node] = (placeholder, plain[part].to(own.device, own.dtype))
+        part, name = request.parts[0]
+        result[node] = (placeholder, _as_the_model_holds_it(plain[part], store.tensor(name)))
     return result

@@ -9,6 +9,7 @@ from typing import Any, ClassVar, Protocol
 import torch
 
 from ktfx.errors import WeightError
+from ktfx.formats import QuantizedWeight, dequantize, from_fp8_blocks
 from ktfx.ops.experts import ExpertsSpec, experts_kernel
 from ktfx.ops.linear import LinearSpec, linear_kernel
 
@@ -108,7 +109,7 @@ def _model_layout(spec: ExpertsSpec, part: str, plain: torch.Tensor) -> torch.Te
 class LinearRequest:
     """The weight of one linear layer in a kernel's own layout.
 
-    kernel: ``linear.<name>``. parts: one pair, (``weight``, dotted parameter name).
+    kernel: ``linear.<name>``. parts: (``weight``, dotted parameter name), and for fp8 blocks (``scale_inv``, name) too.
     """
 
     kernel: str
@@ -128,10 +129,15 @@ class LinearRequest:
         return self.spec.encode()
 
     def pack(self, tensors: Mapping[str, torch.Tensor], device: torch.device) -> list[torch.Tensor]:
-        return linear_kernel(self.kernel.removeprefix(LINEAR)).pack(self.spec, tensors["weight"], device)
+        weight: torch.Tensor | QuantizedWeight = tensors["weight"]
+        if "scale_inv" in tensors:
+            weight = from_fp8_blocks(tensors["weight"], tensors["scale_inv"])
+            if self.spec.weights != "fp8":
+                weight = dequantize(weight, torch.bfloat16)
+        return linear_kernel(self.kernel.removeprefix(LINEAR)).pack(self.spec, weight, device)
 
     def model_weights(self, packed: Sequence[torch.Tensor]) -> dict[str, torch.Tensor] | None:
-        if self.spec.weights == "model":
+        if self.spec.weights == "model" or (len(self.parts) > 1 and self.spec.weights == "fp8"):
             return None
         return {"weight": linear_kernel(self.kernel.removeprefix(LINEAR)).dequantised(self.spec, list(packed))}
 

@@ -6,11 +6,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import fx
+from torch import fx, nn
 
 from ktfx.errors import PlacementError
 from ktfx.graph import GraphInput, fake_mode_of, info, insert_call, insert_placeholder, op_name, refresh_values
-from ktfx.linear_rules import LinearChoice, keeps_parameter, linear_choice, why_not
+from ktfx.linear_rules import LinearChoice, linear_choice, read_as_they_are, why_not
+from ktfx.ops import fp8_linear as fp8_linear  # registers the op that _STORED names
 from ktfx.ops.linear import linear_kernel
 from ktfx.pass_manager import Pass, PassContext, Rewrite, register_pass
 from ktfx.resolve import ModulePlacement
@@ -20,6 +21,7 @@ from ktfx.weights import PackedWeight
 aten = torch.ops.aten
 linear_quant = torch.ops.ktfx.linear_quant.default
 
+_STORED = torch.ops.ktfx.fp8_linear.default
 _PRODUCTS = (aten.mm.default, aten.matmul.default)
 _TRANSPOSES = (aten.t.default, aten.numpy_T.default, aten.transpose.int, aten.permute.default)
 
@@ -29,7 +31,7 @@ class Product:
     """x·Wᵀ (+ bias) as the graph has it.
 
     node: the call that gives the result. reader: the call that reads the weight: ``node``, or a transpose before it.
-    weight: the parameter's placeholder, (N, K). bias: (N,) or None.
+    weight: the parameter's placeholder, (N, K). bias: (N,) or None. scale: the scales of a weight stored in fp8 blocks.
     """
 
     node: fx.Node
@@ -37,6 +39,7 @@ class Product:
     x: fx.Node
     weight: fx.Node
     bias: fx.Node | None
+    scale: fx.Node | None = None
 
 
 @dataclass(frozen=True)
@@ -46,7 +49,11 @@ class Wanted:
     path: str
     placement: ModulePlacement
     choice: LinearChoice
-    parameter: torch.Tensor
+    module: nn.Module
+
+    @property
+    def parameter(self) -> torch.Tensor:
+        return self.module.get_parameter("weight")
 
 
 @register_pass
@@ -121,7 +128,7 @@ def _wanted(context: PassContext) -> list[Wanted]:
         module = context.captured.model.get_submodule(path)
         choice = linear_choice(module, placement, context.phase)
         if choice is not None:
-            found.append(Wanted(path, placement, choice, module.get_parameter("weight")))
+            found.append(Wanted(path, placement, choice, module))
     return found
 
 
@@ -142,6 +149,8 @@ def _product(node: fx.Node) -> Product | None:
     if node.target is aten.linear.default:
         bias = args[2] if len(args) > 2 else node.kwargs.get("bias")
         return _checked(node, node, args[0], args[1], bias)
+    if node.target is _STORED:
+        return _checked(node, node, args[0], args[1], args[3], args[2])
     bias = None
     if node.target is aten.addmm.default:
         if any(node.kwargs.get(scale, 1) != 1 for scale in ("alpha", "beta")):
@@ -155,12 +164,12 @@ def _product(node: fx.Node) -> Product | None:
     return _checked(node, turned, args[0], turned.args[0], bias)
 
 
-def _checked(node: fx.Node, reader: fx.Node, x: Any, weight: Any, bias: Any) -> Product | None:
+def _checked(node: fx.Node, reader: fx.Node, x: Any, weight: Any, bias: Any, scale: Any = None) -> Product | None:
     if not isinstance(x, fx.Node) or not isinstance(weight, fx.Node) or weight.op != "placeholder":
         return None
     if weight.meta["val"].dim() != 2 or (bias is not None and bias.meta["val"].dim() != 1):
         return None
-    return Product(node, reader, x, weight, bias)
+    return Product(node, reader, x, weight, bias, scale)
 
 
 def _turns(node: fx.Node) -> bool:
@@ -215,7 +224,10 @@ def _replace(
 ) -> fx.Node:
     """Put the call in the product's place; returns the first node that it reads its weight from."""
     choice, like = layer.choice, product.node
-    weights = [product.weight] if keeps_parameter(choice) else _packed(graph, context, layer, product.weight, packed)
+    if read_as_they_are(choice, layer.module) is not None:
+        weights = [n for n in (product.weight, product.scale) if n is not None]
+    else:
+        weights = _packed(graph, context, layer, product, packed)
     with graph.inserting_before(like):
         arguments = (product.x, weights, product.bias, choice.kernel, choice.spec.encode())
         name = layer.path.replace(".", "_")
@@ -243,13 +255,14 @@ def _packed(
     graph: fx.Graph,
     context: PassContext,
     layer: Wanted,
-    weight: fx.Node,
+    product: Product,
     packed: dict[tuple[LinearRequest, str], list[fx.Node]],
 ) -> list[fx.Node]:
     """Graph inputs for the weight in the kernel's layout, made once a request and device."""
     choice, device = layer.choice, layer.placement.at(context.phase).device
-    entry = context.captured.inputs[weight.name]
-    request = LinearRequest(f"{LINEAR}{choice.kernel}", choice.spec, (("weight", entry.name),))
+    names = {"weight": product.weight, "scale_inv": product.scale}
+    parts = tuple((part, context.captured.inputs[n.name].name) for part, n in names.items() if n is not None)
+    request = LinearRequest(f"{LINEAR}{choice.kernel}", choice.spec, parts)
     if (request, device) in packed:
         return packed[request, device]
     mode = fake_mode_of(graph)
