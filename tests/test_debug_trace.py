@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import difflib
 import json
 from pathlib import Path
 
 import pytest
 import torch
 from debug_models import rules_file, tiny_model, tiny_session
+from hypothesis import given
+from hypothesis import strategies as st
 
+from ktfx.debug.graph_diff import text_diff
 from ktfx.debug.runtime import load_inputs, load_program, make_inputs
 from ktfx.debug.trace_dir import find_pass, read_traces
 from ktfx.debug.tracing import write_session
@@ -73,6 +77,40 @@ def test_the_diff_holds_the_rewrite_and_reports_count_it(traced: Path) -> None:
     assert first["yaml"][0].strip().startswith("- match: {module: experts}")
     assert set(first["nodes_before"]) <= {n.name for n in entry.before.nodes}
     assert set(first["nodes_after"]) <= {n.name for n in entry.after.nodes}
+
+
+def _patched(old: list[str], diff: str) -> list[str]:
+    """What `patch` makes of a text; every context and removed line must be where the diff says."""
+    new: list[str] = []
+    at = 0
+    for line in diff.splitlines()[2:]:
+        if line.startswith("@@"):
+            start, _, length = line.split()[1][1:].partition(",")
+            place = int(start) - (1 if length != "0" else 0)
+            new += old[at:place]
+            at = place
+        elif line.startswith("+"):
+            new.append(line[1:])
+        else:
+            assert old[at] == line[1:]
+            at += 1
+            if line.startswith(" "):
+                new.append(line[1:])
+    return [*new, *old[at:]]
+
+
+@given(st.lists(st.sampled_from("abcdefgh")), st.lists(st.sampled_from("abcdefgh")), st.integers(0, 3))
+def test_a_diff_turns_one_text_into_the_other(old: list[str], new: list[str], context: int) -> None:
+    diff = text_diff("\n".join(["title", *old]), "\n".join(["title", *new]), "old", "new", context)
+    assert _patched(old, diff) == new
+    assert (diff == "") == (old == new)
+
+
+def test_a_diff_of_lines_that_are_unique_is_the_usual_one() -> None:
+    old = [f"line {i}" for i in range(60)]
+    new = [*old[:5], "added", *old[5:20], *old[23:40], "another", *old[41:]]
+    found = text_diff("\n".join(["t", *old]), "\n".join(["t", *new]), "old", "new")
+    assert found.splitlines() == list(difflib.unified_diff(old, new, "old", "new", lineterm=""))
 
 
 def test_a_trace_read_back_is_the_graphs_that_were_written(traced: Path) -> None:

@@ -54,6 +54,11 @@ def program_text(shot: Snapshot, title: str, packed: Mapping[str, str] | None = 
     return "\n".join(lines)
 
 
+def with_title(program: str, title: str) -> str:
+    """The same program under another title."""
+    return f'"""{title}\n' + program.partition("\n")[2]
+
+
 def _function(name: str, shot: Snapshot, body: str) -> list[str]:
     return [
         f"def {name}(",

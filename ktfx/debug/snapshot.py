@@ -5,9 +5,9 @@ from __future__ import annotations
 import operator
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
 
 import torch
 from torch import fx
@@ -26,6 +26,7 @@ DTYPES = {
     torch.uint8: "u8",
     torch.bool: "bool",
 }
+T = TypeVar("T")
 _FRAME = re.compile(r'File "([^"]+)", line (\d+), in (\S+)\n\s*([^\n]*)')
 
 
@@ -82,8 +83,8 @@ class Snapshot:
 
     def to_json(self) -> dict[str, Any]:
         return {
-            "inputs": [asdict(i) for i in self.inputs],
-            "nodes": [asdict(n) for n in self.nodes],
+            "inputs": [flat(i) for i in self.inputs],
+            "nodes": [flat(n) for n in self.nodes],
             "returns": self.returns,
         }
 
@@ -96,13 +97,31 @@ class Snapshot:
         )
 
 
+def flat(line: NodeLine | InputLine) -> dict[str, Any]:
+    """A line as a dictionary, in the order of its fields (``asdict`` copies every value, which takes seconds here)."""
+    return dict(vars(line))
+
+
 def node_from_json(data: Mapping[str, Any]) -> NodeLine:
     return NodeLine(**{**data, "inputs": tuple(data["inputs"])})
 
 
-def snapshot(gm: fx.GraphModule, inputs: Mapping[str, GraphInput] | None = None) -> Snapshot:
+@dataclass
+class Seen:
+    """What several snapshots of one trace need not read twice: passes leave most traces, values and infos as they were.
+
+    Keyed by identity, so the graphs must outlive it.
+    """
+
+    sources: dict[int, tuple[str, str]] = field(default_factory=dict)
+    forms: dict[int, tuple[str, int]] = field(default_factory=dict)
+    ops: dict[int, str] = field(default_factory=dict)
+
+
+def snapshot(gm: fx.GraphModule, inputs: Mapping[str, GraphInput] | None = None, seen: Seen | None = None) -> Snapshot:
     """Read a graph in normal form. inputs: ``Captured.inputs``; without it every placeholder is a plain input."""
     entries = inputs or {}
+    seen = seen if seen is not None else Seen()
     lines: list[NodeLine] = []
     ends: list[InputLine] = []
     constants: dict[str, torch.Tensor] = {}
@@ -117,8 +136,13 @@ def snapshot(gm: fx.GraphModule, inputs: Mapping[str, GraphInput] | None = None)
                     constants[str(node.target)] = value.detach()
                 elif isinstance(value, fx.GraphModule):
                     subgraphs[str(node.target)] = snapshot(value)
-            lines.append(_line(node))
+            lines.append(_line(node, seen))
     return Snapshot(tuple(ends), tuple(lines), literal(output_node(gm.graph).args[0]), constants, subgraphs)
+
+
+def attributes(gm: fx.GraphModule) -> dict[str, Any]:
+    """What the graph holds itself, by name: tensors, and the bodies of higher-order ops."""
+    return {str(n.target): _attribute(gm, str(n.target)) for n in gm.graph.find_nodes(op="get_attr")}
 
 
 def _attribute(gm: fx.GraphModule, target: str) -> Any:
@@ -137,14 +161,16 @@ def _input(node: fx.Node, entry: GraphInput) -> InputLine:
     return InputLine(node.name, entry.kind, entry.name, dtype, shape, form_of(val), entry.mutated, entry.home)
 
 
-def _line(node: fx.Node) -> NodeLine:
-    about = info(node)
-    source, code = source_of(node)
+def _line(node: fx.Node, seen: Seen) -> NodeLine:
+    about, val = info(node), node.meta.get("val")
+    trace = node.meta.get("stack_trace")
+    source, code = _once(seen.sources, trace, lambda: source_of(node))
+    form, nbytes = _once(seen.forms, val, lambda: (form_of(val), value_bytes(val)))
     return NodeLine(
         name=node.name,
-        op=op_name(node),
+        op=_once(seen.ops, node.target, lambda: op_name(node)) if node.op == "call_function" else node.op,
         text=statement(node),
-        form=form_of(node.meta.get("val")),
+        form=form,
         module=about.module,
         cls=about.cls.rpartition(".")[2],
         layer=about.layer,
@@ -152,9 +178,16 @@ def _line(node: fx.Node) -> NodeLine:
         rule=about.rule,
         source=source,
         code=code,
-        inputs=tuple(a.name for a in node.all_input_nodes),
-        nbytes=value_bytes(node.meta.get("val")),
+        inputs=tuple([a.name for a in node.all_input_nodes]),
+        nbytes=nbytes,
     )
+
+
+def _once(known: dict[int, T], key: Any, read: Callable[[], T]) -> T:
+    found = known.get(id(key))
+    if found is None:
+        found = known[id(key)] = read()
+    return found
 
 
 def value_bytes(val: Any) -> int:
@@ -228,6 +261,8 @@ def literal(value: Any) -> str:
     """A node's argument as Python text."""
     if isinstance(value, fx.Node):
         return value.name
+    if value is None or type(value) in (int, bool, str):
+        return repr(value)
     if isinstance(value, torch.device):
         return f"torch.device({str(value)!r})"
     if isinstance(value, (torch.dtype, torch.memory_format, torch.layout)):

@@ -10,6 +10,7 @@ A trace of several graphs has one such folder for each (``prefill``, ``generate`
 
 from __future__ import annotations
 
+import functools
 import json
 import platform
 import sys
@@ -22,10 +23,10 @@ from typing import Any
 import torch
 from torch import fx
 
-from ktfx.debug.dump import is_big, packed_texts, program_text
+from ktfx.debug.dump import is_big, packed_texts, program_text, with_title
 from ktfx.debug.graph_diff import NodeDiff, apply_diff, node_diff, text_diff
 from ktfx.debug.inputs import packed_values
-from ktfx.debug.snapshot import NodeLine, Snapshot, snapshot
+from ktfx.debug.snapshot import NodeLine, Seen, Snapshot, attributes, snapshot
 from ktfx.errors import KtfxError, OptionError, Origin
 from ktfx.graph import info, tensor_bytes
 from ktfx.ops.transfer import is_transfer, transfer_ends
@@ -48,8 +49,18 @@ def title_of(phase: str, name: str, side: str) -> str:
 # ---- what is written
 
 
-def trace_files(report: GraphReport, state: ModelState, about: Mapping[str, Any] | None = None) -> dict[str, str]:
-    """Relative path → text of every file of one graph's trace. about: what the caller knows (model, command, …)."""
+@dataclass(frozen=True)
+class TraceFiles:
+    """One graph's trace. files: relative path → text. names: the passes' folders; diffs, counts: of each pass."""
+
+    files: dict[str, str]
+    names: list[str]
+    diffs: list[NodeDiff]
+    counts: list[int]
+
+
+def trace_files(report: GraphReport, state: ModelState, about: Mapping[str, Any] | None = None) -> TraceFiles:
+    """Every file of one graph's trace. about: what the caller knows (model, command, …)."""
     context = report.context
     if context is None or not report.records or report.records[0].graph_before is None:
         raise OptionError(
@@ -58,13 +69,16 @@ def trace_files(report: GraphReport, state: ModelState, about: Mapping[str, Any]
     shots = _snapshots(report.records, context)
     texts = packed_texts_of(shots, context, report.inputs)
     diffs = [node_diff(a, b) for a, b in pairwise(shots)]
+    programs = [program_text(shots[0], "", texts)]
+    for earlier, shot in pairwise(shots):
+        programs.append(programs[-1] if shot == earlier else program_text(shot, "", texts))
     files: dict[str, str] = {}
     names: list[str] = []
     for position, record in enumerate(report.records):
         folder = folder_name(position + 1, record.name)
         names.append(folder)
-        before = program_text(shots[position], title_of(report.phase, record.name, "before"), texts)
-        after = program_text(shots[position + 1], title_of(report.phase, record.name, "after"), texts)
+        before = with_title(programs[position], title_of(report.phase, record.name, "before"))
+        after = with_title(programs[position + 1], title_of(report.phase, record.name, "after"))
         files[f"{folder}/before.py"] = before
         files[f"{folder}/after.py"] = after
         files[f"{folder}/graph.diff"] = text_diff(before, after, f"{folder}/before.py", f"{folder}/after.py")
@@ -77,7 +91,7 @@ def trace_files(report: GraphReport, state: ModelState, about: Mapping[str, Any]
         "graph": shots[0].to_json(),
     }
     files[MANIFEST] = _json(manifest)
-    return files
+    return TraceFiles(files, names, diffs, [len(shot.nodes) for shot in shots[1:]])
 
 
 def packed_texts_of(
@@ -92,11 +106,12 @@ def packed_texts_of(
 def _snapshots(records: Sequence[PassRecord], context: PassContext) -> list[Snapshot]:
     """The graph before the first pass and after each; a graph that two records share is read once."""
     inputs = context.captured.inputs
+    seen = Seen()
     graphs = [records[0].graph_before, *(r.graph_after for r in records)]
     found: list[Snapshot] = []
     for gm in graphs:
         assert isinstance(gm, fx.GraphModule)
-        found.append(snapshot(gm, inputs))
+        found.append(snapshot(gm, inputs, seen))
     return found
 
 
@@ -223,8 +238,19 @@ def versions() -> dict[str, str]:
     }
 
 
-def _json(data: Any) -> str:
-    return json.dumps(data, indent=1, ensure_ascii=False, default=str) + "\n"
+def _json(data: Mapping[str, Any]) -> str:
+    """JSON with a line for each key, and for each item of a list of objects (indenting more takes seconds)."""
+    text = functools.partial(json.dumps, ensure_ascii=False, default=str)
+
+    def lines(value: Any, indent: str) -> str:
+        if isinstance(value, Mapping) and any(isinstance(v, (Mapping, list)) for v in value.values()):
+            inner = (f"{indent} {text(str(k))}: {lines(v, indent + ' ')}" for k, v in value.items())
+            return "{\n" + ",\n".join(inner) + f"\n{indent}}}"
+        if isinstance(value, list) and value and isinstance(value[0], Mapping):
+            return "[\n" + ",\n".join(f"{indent} {text(v)}" for v in value) + f"\n{indent}]"
+        return text(value)
+
+    return lines(data, "") + "\n"
 
 
 # ---- writing
@@ -284,7 +310,8 @@ def big_constants(report: GraphReport) -> dict[str, torch.Tensor]:
     found: dict[str, torch.Tensor] = {}
     for record in report.records:
         if record.graph_after is not None:
-            found |= {n: t for n, t in snapshot(record.graph_after).constants.items() if is_big(t)}
+            own = attributes(record.graph_after)
+            found |= {n: v.detach() for n, v in own.items() if isinstance(v, torch.Tensor) and is_big(v)}
     return found
 
 

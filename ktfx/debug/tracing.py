@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from ktfx.debug.session import Session
-from ktfx.debug.trace_dir import INDEX, VERSION, big_constants, read_traces, saved_inputs, trace_files, write_trace
+from ktfx.debug.trace_dir import INDEX, VERSION, TraceFiles, big_constants, saved_inputs, trace_files, write_trace
 from ktfx.errors import OptionError
+from ktfx.state import GraphReport
 
 
 def write_session(
@@ -26,11 +27,14 @@ def write_session(
     files: dict[str, str] = {}
     tensors: dict[str, dict[str, Any]] = {}
     names: list[str] = []
+    summaries: list[dict[str, Any]] = []
     for graph in graphs:
         folder = "" if len(graphs) == 1 else _free(graph.phase, names)
         names.append(folder)
         prefix = f"{folder}/" if folder else ""
-        files |= {prefix + name: text for name, text in trace_files(graph, session.state, about).items()}
+        written = trace_files(graph, session.state, about)
+        files |= {prefix + name: text for name, text in written.files.items()}
+        summaries.append(_summary(graph, directory / folder, written))
         if save_inputs:
             tensors[f"{prefix}inputs.pt"] = saved_inputs(graph, session.state)
         if constants := big_constants(graph):
@@ -38,31 +42,27 @@ def write_session(
     if len(graphs) > 1:
         files[INDEX] = json.dumps({"ktfx_trace": VERSION, "graphs": names}, indent=1) + "\n"
     write_trace(directory, files, tensors)
-    return {"directory": str(directory), "graphs": summary(directory)}
+    return {"directory": str(directory), "graphs": summaries}
 
 
-def summary(directory: Path) -> list[dict[str, Any]]:
-    """What a trace holds, pass by pass."""
-    result = []
-    for trace in read_traces(directory):
-        passes = []
-        for entry in trace.passes:
-            nodes = entry.report["nodes"]
-            passes.append(
-                {
-                    "folder": entry.folder.name,
-                    "name": entry.name,
-                    "seconds": entry.report["seconds"],
-                    "rewrites": len(entry.report["rewrites"]),
-                    "misses": len(entry.report["misses"]),
-                    "nodes": len(entry.after.nodes),
-                    "added": len(nodes["added"]),
-                    "removed": len(nodes["removed"]),
-                    "changed": len(nodes["changed"]),
-                }
-            )
-        result.append({"phase": trace.label, "folder": str(trace.folder), "passes": passes})
-    return result
+def _summary(graph: GraphReport, folder: Path, written: TraceFiles) -> dict[str, Any]:
+    """What a graph's trace holds, pass by pass."""
+    passes = []
+    for name, record, diff, count in zip(written.names, graph.records, written.diffs, written.counts, strict=True):
+        passes.append(
+            {
+                "folder": name,
+                "name": record.name,
+                "seconds": record.seconds,
+                "rewrites": len(record.rewrites),
+                "misses": len(record.misses),
+                "nodes": count,
+                "added": len(diff.added),
+                "removed": len(diff.removed),
+                "changed": len(diff.changed),
+            }
+        )
+    return {"phase": graph.phase, "folder": str(folder), "passes": passes}
 
 
 def _free(name: str, taken: Sequence[str]) -> str:
