@@ -194,6 +194,7 @@ DEFAULT_PIPELINE = (
     "rewrite_experts",
     "rewrite_linears",
     "match_patterns",
+    "fuse_attention",
     "assign_devices",
     "insert_transfers",
     "partition_by_device",

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from triton_cases import DEVICE, DTYPES, INTERPRETED, assert_close, needs_kernels, normal, poisoned
 
-from ktfx.ops.attention import attention_decode_reference
+from ktfx.ops.attention import attention_decode_masked_reference, attention_decode_reference
 
 pytestmark = needs_kernels
 
@@ -71,6 +71,68 @@ def test_the_op_chooses_its_parts_and_takes_one_length_for_all() -> None:
     length = torch.tensor([31], device=DEVICE, dtype=torch.int32)
     out = torch.ops.ktfx.attention_decode(q, k, v, length, 0.25)
     assert_close(out, attention_decode_reference(q.double(), k.double(), v.double(), length, 0.25), torch.float32)
+
+
+def check_masked(
+    B: int, kv: int, group: int, D: int, capacity: int, mask: torch.Tensor | None, dtype: torch.dtype,
+    parts: int | None = None, block: int = 16, seed: int = 0,
+) -> None:  # fmt: skip
+    from ktfx.triton_kernels.attention_decode import attention_decode_masked
+
+    q = normal(B, 1, kv * group, D, seed=seed, dtype=dtype).transpose(1, 2)
+    k = normal(B, capacity, kv, D, seed=seed + 1, dtype=dtype).transpose(1, 2)
+    v = normal(B, kv, capacity, D, seed=seed + 2, dtype=dtype)
+    out = poisoned(torch.empty(B, kv * group, 1, D, dtype=dtype, device=DEVICE))
+    attention_decode_masked(q, k, v, mask, D**-0.5, out, parts, block)
+    wide = None if mask is None or mask.dtype == torch.bool else mask.double()
+    exact = attention_decode_masked_reference(
+        q.double(), k.double(), v.double(), mask if wide is None else wide, D**-0.5
+    )  # fmt: skip
+    assert_close(out, exact, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_mask_in_place_of_lengths(dtype: torch.dtype) -> None:
+    position = torch.arange(70, device=DEVICE)
+    valid = torch.tensor([70, 33], device=DEVICE).view(-1, 1, 1, 1)
+    keep = (position < valid) & (position >= 7)  # left padding
+    check_masked(2, 2, 4, 32, 70, keep, dtype, parts=3)
+    check_masked(2, 2, 4, 32, 70, torch.zeros(keep.shape, device=DEVICE).masked_fill(~keep, float("-inf")), dtype)
+    check_masked(2, 2, 1, 16, 70, keep[:1], dtype, parts=2)
+    check_masked(1, 2, 3, 16, 70, None, dtype)
+
+
+def test_a_mask_for_each_head_and_a_row_that_keeps_nothing() -> None:
+    keep = torch.rand(2, 4, 1, 50, generator=torch.Generator().manual_seed(5)).to(DEVICE) > 0.6
+    keep[1, 2] = False
+    keep[:, :, :, 16:32] = False  # a whole block, skipped
+    check_masked(2, 2, 2, 16, 50, keep, torch.float32, parts=2)
+
+
+@settings(max_examples=5 if INTERPRETED else 60, deadline=None)
+@given(
+    B=st.integers(1, 2), kv=st.integers(1, 2), group=st.integers(1, 5), D=st.integers(1, 40),
+    capacity=st.integers(1, 70), parts=st.integers(1, 4), share=st.floats(0, 1), added=st.booleans(),
+    dtype=st.sampled_from(DTYPES), seed=st.integers(0, 99),
+)  # fmt: skip
+def test_any_mask(
+    B: int, kv: int, group: int, D: int, capacity: int, parts: int, share: float, added: bool, dtype: torch.dtype,
+    seed: int,
+) -> None:  # fmt: skip
+    mask = (torch.rand(B, 1, 1, capacity, generator=torch.Generator().manual_seed(seed)) < share).to(DEVICE)
+    if added:
+        mask = torch.where(mask, normal(B, 1, 1, capacity, seed=seed), float("-inf"))
+    check_masked(B, kv, group, D, capacity, mask, dtype, parts)
+
+
+def test_sdpa_is_what_the_masked_op_computes() -> None:
+    q, k, v = normal(2, 4, 1, 16), normal(2, 2, 50, 16, seed=1), normal(2, 2, 50, 16, seed=2)
+    keep = torch.arange(50, device=DEVICE).view(1, 1, 1, -1) < 31
+    out = torch.ops.ktfx.attention_decode_masked(q, k, v, keep, 0.25)
+    exact = torch.nn.functional.scaled_dot_product_attention(
+        q.double(), k.double(), v.double(), keep, scale=0.25, enable_gqa=True
+    )  # fmt: skip
+    assert_close(out, exact, torch.float32)
 
 
 @pytest.mark.gpu

@@ -1,4 +1,4 @@
-"""Attention of one new token over a cache: ``ktfx::attention_decode``, and its definition in ATen."""
+"""Attention of one new token over a cache: by length (``ktfx::attention_decode``) or by mask, defined in ATen."""
 
 from __future__ import annotations
 
@@ -95,4 +95,52 @@ def _(
     sinks: torch.Tensor | None = None,
     softcap: float = 0.0,
 ) -> torch.Tensor:
+    return q.new_empty([*q.shape[:3], v.shape[3]])
+
+
+def attention_decode_masked_reference(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, scale: float
+) -> torch.Tensor:
+    """The definition, in ATen; float32 or wider. A row of which the mask keeps nothing gives 0, as SDPA does."""
+    wide = torch.promote_types(q.dtype, torch.float32)
+    group = q.shape[1] // k.shape[1]
+    keys, values = (t.to(wide).repeat_interleave(group, 1) for t in (k, v))
+    scores = q.to(wide) @ keys.transpose(2, 3) * scale
+    if mask is not None and mask.dtype == torch.bool:
+        scores = scores.masked_fill(~mask, float("-inf"))
+    elif mask is not None:
+        scores = scores + mask.to(wide)
+    hidden = (scores == float("-inf")).all(-1, keepdim=True)
+    p = torch.where(hidden, 0.0, scores.softmax(-1))
+    return (p @ values).to(q.dtype)
+
+
+@torch.library.custom_op("ktfx::attention_decode_masked", mutates_args=())
+def attention_decode_masked(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, scale: float
+) -> torch.Tensor:
+    """softmax(q·kᵀ·scale + mask)·v: scaled_dot_product_attention of one query token, (B, Hq, 1, DV) contiguous.
+
+    q (B, Hq, 1, D); k (B, Hkv, L, D), v (B, Hkv, L, DV): the whole static cache, not repeated for the query heads of a
+    group. mask: None, or (1 or B, 1 or Hq, 1, L), booleans (True: attended to) or floats that are added; blocks of the
+    cache that it hides from every head of a group are not read.
+    """
+    _check(q, k, v, torch.zeros(1, dtype=torch.int64), None)
+    if mask is not None:
+        wanted = ((1, q.shape[0]), (1, q.shape[1]), (1,), (k.shape[2],))
+        if mask.dim() != 4 or any(size not in sizes for size, sizes in zip(mask.shape, wanted, strict=True)):
+            raise KtfxError(
+                f"attention_decode_masked got a mask of shape {tuple(mask.shape)}",
+                expected=f"(1 or {q.shape[0]}, 1 or {q.shape[1]}, 1, {k.shape[2]})",
+                mend="give the mask of scaled_dot_product_attention, four-dimensional",
+            )
+    if runs_kernels(q):
+        out = torch.empty(*q.shape[:3], v.shape[3], dtype=q.dtype, device=q.device)
+        result: torch.Tensor = kernels("attention_decode").attention_decode_masked(q, k, v, mask, scale, out)
+        return result
+    return attention_decode_masked_reference(q, k, v, mask, scale).contiguous()
+
+
+@attention_decode_masked.register_fake
+def _(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, scale: float) -> torch.Tensor:
     return q.new_empty([*q.shape[:3], v.shape[3]])
