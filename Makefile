@@ -4,6 +4,10 @@ VENV ?= .venv
 # What pip is asked for where no torch in the supported range is there yet.
 TORCH ?= torch==2.13.0
 
+# Tests run in as many processes as there are cores, eight at most, each with one thread.
+WORKERS ?= $(shell n=$$(nproc 2>/dev/null || echo 2); if [ $$n -gt 8 ]; then echo 8; else echo $$n; fi)
+PARALLEL = -n $(WORKERS) --dist worksteal
+
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.ktfx-ready
 PACKAGE := pyproject.toml setup.py $(wildcard ktfx/cpu_kernels/*.cpp ktfx/cpu_kernels/*.h ktfx/cpu_kernels/*.inl)
@@ -39,18 +43,17 @@ lint: setup ## ruff and mypy
 	$(BIN)/mypy
 
 test: lint ## every check, and every test but the slow ones
-	$(BIN)/python -m pytest -m "not slow"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" $(PARALLEL)
 
 test-slow: setup ## the tests marked slow: Inductor demos, 12-layer sharing, every shipped rule file, benchmarks' checks
-	$(BIN)/python -m pytest -m slow
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow $(PARALLEL)
 
 bench: setup ## the pytest-benchmark suites
 	$(BIN)/python -m pytest tests/benchmarks --benchmark-only
 
-# The CPU kernels under the address, undefined-behaviour and thread sanitizers.
-native-sanitize: setup ## the CPU kernels under sanitizers
-	@if [ -x tests/native/run_sanitizers.sh ]; then PYTHON=$(BIN)/python tests/native/run_sanitizers.sh; \
-	else echo "no sanitizer run in this checkout (tests/native/run_sanitizers.sh)"; exit 1; fi
+# The CPU kernels and their driver, without Python, under the address, undefined-behaviour and thread sanitizers.
+native-sanitize: ## the CPU kernels under sanitizers
+	tests/native/sanitize.sh
 
 clean: ## remove the virtual environment and what was built
 	rm -rf $(VENV) build ktfx.egg-info ktfx/cpu_kernels/*.so .pytest_cache .mypy_cache .ruff_cache

@@ -172,7 +172,7 @@ def copy_bandwidth() -> float:
 
 
 def step_bytes(model: Any, shape: Shape) -> float:
-    """What a decode step has to read at least: the chosen experts (expected number of different ones), the rest, cache."""
+    """What a decode step has to read at least: the experts chosen (on average), the rest, the cache."""
     config = model.config
     E, K = config.num_experts, config.num_experts_per_tok
     different = E * (1 - (1 - K / E) ** shape.batch)
