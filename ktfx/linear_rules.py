@@ -14,7 +14,7 @@ from torch import nn
 from ktfx.devices import is_host
 from ktfx.op_names import family
 from ktfx.ops.linear import LinearSpec, linear_kernel, linear_kernel_names
-from ktfx.resolve import ModulePlacement
+from ktfx.resolve import PHASES, ModulePlacement
 from ktfx.stored_linears import stored_format
 
 
@@ -80,3 +80,15 @@ def read_as_they_are(choice: LinearChoice, module: nn.Module) -> tuple[str, ...]
     own = [(tuple(p.shape), p.dtype) for p in map(module.get_parameter, names)]
     metas = linear_kernel(choice.kernel).packed_meta(choice.spec, choice.dtype)
     return names if [(m.shape, m.dtype) for m in metas] == own else None
+
+
+def only_packed(module: nn.Module, placement: ModulePlacement) -> bool:
+    """Whether both phases read the layer's weight in a kernel's own layout: the parameter itself then needs no place
+    on their devices."""
+    for phase in PHASES:
+        choice = linear_choice(module, placement, phase)
+        if choice is None or choice.kernel not in linear_kernel_names() or read_as_they_are(choice, module) is not None:
+            return False
+        if linear_kernel(choice.kernel).unsupported(choice.spec, choice.dtype, torch.device("cpu")) is not None:
+            return False
+    return True

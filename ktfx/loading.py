@@ -17,6 +17,7 @@ from torch import nn
 from ktfx.budget import check_budget
 from ktfx.devices import DeviceMap, device_map
 from ktfx.errors import KtfxError, WeightError
+from ktfx.linear_rules import only_packed
 from ktfx.options import RulesSource, parse_options
 from ktfx.resolve import Resolution, resolve
 from ktfx.ruleset import load_ruleset
@@ -62,7 +63,7 @@ def from_pretrained(
     logical = torch.device("cpu")
     logical_name = name_of_logical(ruleset, logical)
     check_budget(skeleton, resolution, devices, parsed.memory, logical_name)
-    model = _load(cls, directory, dtype, resolution, devices)
+    model = _load(cls, directory, dtype, resolution, devices, skeleton)
     _place_parameters(model, resolution, devices, logical_name, logical)
     return compile(model, chosen, **compile_options, **options)
 
@@ -128,11 +129,16 @@ def _dtype(dtype: torch.dtype | str, config: Any) -> torch.dtype:
     return getattr(torch, dtype)
 
 
-def _load(cls: Any, directory: Path, dtype: Any, resolution: Resolution, devices: DeviceMap) -> nn.Module:
+def _load(
+    cls: Any, directory: Path, dtype: Any, resolution: Resolution, devices: DeviceMap, skeleton: nn.Module
+) -> nn.Module:
     places = {path: devices[p.at("generate").device] for path, p in resolution.placements.items()}
     real = {str(d) for d in places.values()}
     if real == {"cpu"}:
         return cls.from_pretrained(directory, dtype=dtype).eval()
+    for path, placement in resolution.placements.items():
+        if only_packed(skeleton.get_submodule(path), placement):
+            places[path] = torch.device("cpu")  # packed from there
     try:
         import accelerate  # noqa: F401
     except ImportError:

@@ -19,6 +19,7 @@ from ktfx.checkpoint import Checkpoint, ExpertsReader, experts_reader, open_chec
 from ktfx.devices import DeviceMap
 from ktfx.errors import KtfxWarning, WeightError
 from ktfx.experts_requests import PlacedExperts, placed_experts
+from ktfx.linear_rules import only_packed
 from ktfx.placed_tensor import PlacedTensor
 from ktfx.progress import report as report_progress
 from ktfx.released_tensor import ReleasedTensor, TensorSource
@@ -210,9 +211,11 @@ def place_module_tensors(
 ) -> int:
     """Parameters that belong elsewhere become PlacedTensors that say they lie on ``logical``; returns the bytes moved.
 
-    A tensor already on its real device (a loader put it there) is wrapped, not copied.
+    A tensor already on its real device (a loader put it there) is wrapped, not copied. The weight of a linear layer
+    that a kernel packs stays on ``logical``: its device holds the packed copy alone.
     """
     moved: dict[int, nn.Parameter] = {}
+    owners = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
     total = 0
     for path, module in model.named_modules():
         device = resolution.glue_device(path, "generate")
@@ -220,6 +223,10 @@ def place_module_tensors(
             if parameter is None or isinstance(parameter, PlacedTensor):
                 continue
             if device == logical_name and parameter.device == logical:
+                continue
+            if leaf == "weight" and owners[id(parameter)] == 1 and only_packed(module, resolution.of(path)):
+                if parameter.device != logical:
+                    module._parameters[leaf] = nn.Parameter(parameter.detach().to(logical), requires_grad=False)
                 continue
             if id(parameter) not in moved:
                 real = devices[device]

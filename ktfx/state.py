@@ -6,7 +6,7 @@ import weakref
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -22,6 +22,9 @@ from ktfx.resolve import Resolution, resolve
 from ktfx.ruleset import Ruleset, load_ruleset
 from ktfx.unbuilt import check_ops
 from ktfx.weights import WeightStore
+
+if TYPE_CHECKING:
+    from ktfx.quantisation_errors import QuantisationError
 
 
 @dataclass
@@ -65,6 +68,12 @@ class ModelState:
     log: CallLog = field(default_factory=CallLog)
     count: RunCount = field(default_factory=RunCount)
     graphs: list[GraphReport] = field(default_factory=list)
+
+    def quantisation_errors(self) -> list[QuantisationError]:
+        """For each weight that a kernel rounded, how far it is from the model's own; measured when asked for."""
+        from ktfx.quantisation_errors import errors_in
+
+        return errors_in(self.store)
 
 
 # Weak: a model that is dropped takes its state along. Keyed by the options, since one model may be compiled twice.

@@ -20,6 +20,7 @@ from ktfx.errors import KtfxWarning, PlacementError
 from ktfx.lint import lint
 from ktfx.ops import load_ops
 from ktfx.ops.linear import LinearSpec, linear_kernel
+from ktfx.placed_tensor import PlacedTensor
 from ktfx.resolve import resolve
 from ktfx.ruleset import load_ruleset
 from ktfx.weight_requests import LinearRequest, request_of
@@ -456,6 +457,11 @@ def test_released_weights() -> None:
         got = model(ids, use_cache=False).logits
     torch.testing.assert_close(got, want, atol=1e-3, rtol=1e-3)
     assert all(torch.equal(v, kept[k]) for k, v in model.state_dict().items())
+    # What is packed has no second place on the GPU: its own numbers stay on the host, the norms' move.
+    assert not isinstance(model.model.layers[0].mlp.up_proj.weight, PlacedTensor)
+    assert isinstance(model.model.layers[0].input_layernorm.weight, PlacedTensor)
+    formats = {n: e.format for e in ktfx.state_of(model).store.entries() for n in e.names if e.device != "host"}
+    assert formats["model.layers.0.mlp.up_proj.weight"] == "linear.triton:int4"
 
 
 # ---- KTransformers files

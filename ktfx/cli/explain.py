@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich.console import RenderableType
+from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
@@ -26,6 +28,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from ktfx.budget import WeightPlan
+    from ktfx.quantisation_errors import QuantisationError
     from ktfx.resolve import Resolution
 
 
@@ -54,13 +57,17 @@ def explain(
     rules: common.Rules,
     model: common.ModelOption = "demo",
     tree: Annotated[bool, typer.Option("--tree", help="A tree of modules instead of a table.")] = False,
+    errors: Annotated[
+        bool,
+        typer.Option("--errors", help="Load the weights, round them as the rules say, and print how far they are off."),
+    ] = False,
     as_json: common.Json = False,
     debug: common.Debug = False,
 ) -> None:
     """Say what goes where and why: a table, tree or JSON, with bytes per device.
 
-    Nothing is loaded or moved: the model is built without weights. Equal layers are one row; a module that follows its
-    parent has none, and its weights count there.
+    Nothing is loaded or moved: the model is built without weights (but for --errors). Equal layers are one row; a
+    module that follows its parent has none, and its weights count there.
     """
     from ktfx.budget import plan_weights
     from ktfx.ops import load_ops
@@ -74,10 +81,42 @@ def explain(
     load_ops()
     plans = plan_weights(module, resolution)
     found = Explanation(source, module, resolution, plans, placement_rows(resolution, plans), duplicates(module, plans))
+    measured = _measured(found) if errors else None
     if as_json:
-        common.print_json(_as_json(found))
+        rounded = {} if measured is None else {"quantisation_errors": [asdict(e) for e in measured]}
+        common.print_json({**_as_json(found), **rounded})
     else:
         _print(found, tree)
+        if measured is not None:
+            common.stdout().print(_error_table(measured, resolution))
+
+
+def _measured(found: Explanation) -> list[QuantisationError]:
+    from ktfx.cli.models import load_model
+    from ktfx.quantisation_errors import planned_errors
+
+    return list(planned_errors(load_model(found.source), found.resolution))
+
+
+def _error_table(measured: list[QuantisationError], resolution: Resolution) -> RenderableType:
+    """weight → format → relative error, equal layers in one row with the least and the largest."""
+    if not measured:
+        return Text("no weight is rounded")
+    rows: dict[tuple[str, str], list[tuple[int | None, float]]] = {}
+    for one in measured:
+        layer = resolution.of(one.module).layer
+        key = (path_template(one.name, layer, resolution), one.format)
+        rows.setdefault(key, []).append((layer, one.error or 0.0))
+    table = Table(box=None, header_style="dim", pad_edge=False)
+    for name in ("weight", "kept as"):
+        table.add_column(name, overflow="fold")
+    table.add_column("relative error", justify="right", no_wrap=True)
+    for (template, kept), found in rows.items():
+        span = span_text([layer for layer, _ in found if layer is not None])
+        least, most = min(e for _, e in found), max(e for _, e in found)
+        text = f"{least:.3g}" if f"{least:.3g}" == f"{most:.3g}" else f"{least:.3g} to {most:.3g}"
+        table.add_row(template.replace("*", span), kept, text)
+    return Padding(table, (1, 0, 0, 0))
 
 
 def duplicates(model: nn.Module, plans: list[WeightPlan]) -> list[Duplicate]:
