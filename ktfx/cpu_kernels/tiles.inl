@@ -128,6 +128,8 @@ KTFX_INLINE vf load1(const uint8_t* w, int64_t q, int i, int t) {
   return as_float(((v << (24 - 8 * i)) >> 4) & (int32_t)0x87f00000);
 }
 
+constexpr int kAhead = 1024;  // bytes of a tile fetched before they are read
+
 constexpr int row_bytes4(int format) {  // bytes of a tile for four inputs
   return format == KTFX_FMT_F32 ? 256 : format == KTFX_FMT_BF16 || format == KTFX_FMT_F16 ? 128 : 64;
 }
@@ -138,7 +140,6 @@ void float_tile(const TileArgs* a) {
   constexpr int U = M * V >= 8 ? 1 : M * V >= 4 ? 2 : 4;
   const float* x = (const float*)a->x;
   const uint8_t* w = a->w;
-  constexpr int kAhead = 1024;
   int32_t k = a->k0;
   bool first = a->first;
   while (k < a->k1) {
@@ -286,6 +287,13 @@ struct BlockSums {
       }
   }
 
+  // Scales lie behind the tile's bytes and are few: no stream of their own that the processor would notice. Fetches
+  // those of the next tile, a line a while.
+  KTFX_MEMBER void ahead(int32_t k) const {
+    if constexpr (F != KTFX_FMT_INT8)
+      __builtin_prefetch(scales + a->m->tile_bytes + ((int64_t)(k >> group_shift) * kTile) * scale_bytes(S));
+  }
+
   // Block number b, from input k on.
   KTFX_MEMBER void add(int64_t b, int32_t k, vi (&acc)[M][V]) {
     const float* dx = a->dx + b * M;
@@ -325,35 +333,46 @@ struct BlockSums {
   }
 };
 
+// One row of an integer tile: 64 bytes times the next 4 or 8 inputs of every row.
+template <int F, int M>
+KTFX_INLINE void int16_row(const uint8_t* row, const int32_t* x, vi (&acc)[M][V]) {
+  constexpr int pieces = F == KTFX_FMT_INT8 ? 2 : 4;  // vectors of pairs in a row
+  UNROLL
+  for (int i = 0; i < pieces; ++i) {
+    vi v[V];
+    UNROLL
+    for (int t = 0; t < V; ++t) v[t] = pairs_of<F>(load<vi>(row + t * L * 4), i);
+    const int32_t* p = x + i / 2 * M * 2 + i % 2;
+    UNROLL
+    for (int r = 0; r < M; ++r) {
+      const vi xs = splat(p[2 * r]);
+      UNROLL
+      for (int t = 0; t < V; ++t) {
+        acc[r][t] = dot16(acc[r][t], v[t], xs);
+        HOLD(acc[r][t]);
+      }
+    }
+  }
+}
+
 template <int F, int S, int M>
 void int16_tile(const TileArgs* a) {
   constexpr int step = F == KTFX_FMT_INT8 ? 4 : 8;  // inputs a row
-  const int32_t* x = (const int32_t*)a->x;          // pairs: [Kp / 4][M][2]
-  constexpr int kAhead = 1024;
+  constexpr int xs = step / 4 * M * 2;              // words of x a row
+  const int32_t* x = (const int32_t*)a->x + (int64_t)(a->k0 / step) * xs;  // pairs: [Kp / 4][M][2]
+  const uint8_t* row = a->w + (int64_t)(a->k0 / step) * 64;
   BlockSums<F, S, M> sums(a);
   int64_t b = a->k0 / a->block;
   for (int32_t k = a->k0; k < a->k1; k += a->block, ++b) {
-    const int32_t end = k + a->block < a->k1 ? k + a->block : a->k1;
+    const int32_t n = k + a->block < a->k1 ? a->block : a->k1 - k;
     vi acc[M][V] = {};
-    for (int64_t s = k / step; s < end / step; ++s) {
-      const uint8_t* row = a->w + s * 64;
-      __builtin_prefetch(row + kAhead);
-      constexpr int pieces = step / 2;  // vectors of pairs in a row
+    sums.ahead(k);
+    // A fixed number of rows, written out: a loop this short costs as much as what is in it.
+    for (int32_t done = 0; done < n; done += 32) {
       UNROLL
-      for (int i = 0; i < pieces; ++i) {
-        vi v[V];
-        UNROLL
-        for (int t = 0; t < V; ++t) v[t] = pairs_of<F>(load<vi>(row + t * L * 4), i);
-        const int32_t* p = x + (s * (pieces / 2) + i / 2) * M * 2 + i % 2;
-        UNROLL
-        for (int r = 0; r < M; ++r) {
-          const vi xs = splat(p[2 * r]);
-          UNROLL
-          for (int t = 0; t < V; ++t) {
-            acc[r][t] = dot16(acc[r][t], v[t], xs);
-            HOLD(acc[r][t]);
-          }
-        }
+      for (int s = 0; s < 32 / step; ++s, row += 64, x += xs) {
+        __builtin_prefetch(row + kAhead);
+        int16_row<F, M>(row, x, acc);
       }
     }
     sums.add(b, k, acc);
@@ -364,32 +383,27 @@ void int16_tile(const TileArgs* a) {
 // Unsigned bytes times signed bytes over a block of 32 inputs.
 template <int F, int S, int M>
 void int8_tile(const TileArgs* a) {
-  const int32_t* x = (const int32_t*)a->x;  // quads: [Kp / 4][M]
-  constexpr int kAhead = 1024;
+  constexpr int rows = kBlock8 / 8;  // all blocks are whole: Kp is a multiple of 32
+  const int32_t* x = (const int32_t*)a->x + (int64_t)(a->k0 / 4) * M;  // quads: [Kp / 4][M]
+  const uint8_t* row = a->w + (int64_t)(a->k0 / 8) * 64;
   BlockSums<F, S, M> sums(a);
-  for (int32_t k = a->k0; k < a->k1; k += kBlock8) {
-    const int32_t end = k + kBlock8 < a->k1 ? k + kBlock8 : a->k1;
+  for (int32_t k = a->k0; k < a->k1; k += kBlock8, row += rows * 64, x += kBlock8 / 4 * M) {
     vi acc[M][V] = {};
+    sums.ahead(k);
 #if KTFX_INT == 2
     // 16-bit sums: eight of 2 * 15 * 127 (INT4) or four of 2 * 24 * 127 (MXFP4) stay below 2^15.
     constexpr int halves = F == KTFX_FMT_MXFP4 ? 2 : 1;
     const __m256i ones = _mm256_set1_epi16(1);
     __m256i part[halves][M][V];
-    UNROLL
-    for (int h = 0; h < halves; ++h)
-      UNROLL
-      for (int r = 0; r < M; ++r)
-        UNROLL
-        for (int t = 0; t < V; ++t) part[h][r][t] = _mm256_setzero_si256();
 #endif
-    for (int64_t s = k / 8; s < end / 8; ++s) {
-      const uint8_t* row = a->w + s * 64;
-      __builtin_prefetch(row + kAhead);
+    UNROLL
+    for (int s = 0; s < rows; ++s) {
+      __builtin_prefetch(row + s * 64 + kAhead);
       UNROLL
       for (int i = 0; i < 2; ++i) {
         vi v[V];
         UNROLL
-        for (int t = 0; t < V; ++t) v[t] = nibbles<F>(load<vi>(row + t * L * 4), i);
+        for (int t = 0; t < V; ++t) v[t] = nibbles<F>(load<vi>(row + s * 64 + t * L * 4), i);
         const int32_t* p = x + (s * 2 + i) * M;
         UNROLL
         for (int r = 0; r < M; ++r) {
@@ -398,7 +412,8 @@ void int8_tile(const TileArgs* a) {
           for (int t = 0; t < V; ++t) {
 #if KTFX_INT == 2
             __m256i& sum = part[i % halves][r][t];
-            sum = _mm256_add_epi16(sum, _mm256_maddubs_epi16((__m256i)v[t], (__m256i)b));
+            const __m256i products = _mm256_maddubs_epi16((__m256i)v[t], (__m256i)b);
+            sum = s == 0 && i < halves ? products : _mm256_add_epi16(sum, products);
             HOLD(sum);
 #else
             acc[r][t] = dot8(acc[r][t], v[t], b);
@@ -414,7 +429,10 @@ void int8_tile(const TileArgs* a) {
       UNROLL
       for (int r = 0; r < M; ++r)
         UNROLL
-        for (int t = 0; t < V; ++t) acc[r][t] += (vi)_mm256_madd_epi16(part[h][r][t], ones);
+        for (int t = 0; t < V; ++t) {
+          const vi whole = (vi)_mm256_madd_epi16(part[h][r][t], ones);
+          acc[r][t] = h ? acc[r][t] + whole : whole;
+        }
 #endif
     sums.add(k / kBlock8, k, acc);
   }
