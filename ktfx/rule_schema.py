@@ -37,14 +37,15 @@ SCHEMA: dict[str, dict[str, str]] = {
     "replace": {
         "op": "The implementation: experts.cpu, linear.triton, aten, … Its family must fit the module.",
         "device": "The device. Default: the one the module has without the rule; for ops of the host, the host.",
-        "weights": "The storage format: model, int8, int4, int4zp, fp8, mxfp4, with a group as in int4-g128.",
+        "weights": "The storage format: model, int8, int4, int4zp, fp8, mxfp4, with a group as in int4-g128. Without an "
+        "`op`, experts and linear layers run by the kernel of their device.",
         "group_size": "The group of the weight format, if not its default.",
         "out_device": "Where the module's output goes. Default: where it is read.",
         "prefill": "op, device, weights and group_size for prefill alone.",
         "generate": "op, device, weights and group_size for generation alone.",
         "fallback": "aten: if the op cannot take the module, run the model's own arithmetic instead, with a warning. "
         "Rules without `name` do so anyway for layouts the op cannot take.",
-        "activations": "What a kernel may turn activations into: model, bf16 or int8.",
+        "activations": "What a kernel may turn activations into: model, bf16 or int8 (the host's 4-bit kernels).",
         "with": "The expression that replaces a `pattern`; it may use the pattern's captures.",
         "class": "As in KTransformers files: an operator class, or default.",
         "kwargs": "As in KTransformers files: generate_device, generate_op, …",
