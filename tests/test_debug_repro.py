@@ -7,14 +7,17 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from debug_models import tiny_session
+from typer.testing import CliRunner
 
+from ktfx.cli.main import app
 from ktfx.debug.failure import Failure
 from ktfx.debug.reduce import reduce
 from ktfx.debug.repro import failure_of, read_repro, write_repro
 from ktfx.debug.runtime import load_program, make_inputs
 from ktfx.debug.session import Setup
-from ktfx.debug.stats import CacheLookup, graph_stats, missed_because
+from ktfx.debug.stats import CacheLookup, graph_stats, missed_because, remember_keys, remembered_keys, sharing
 from ktfx.errors import OptionError
 
 RULES = {
@@ -104,7 +107,57 @@ def test_stats_count_matches_passes_and_partitions() -> None:
 
 def test_a_missed_key_names_the_part_that_differs() -> None:
     then = [CacheLookup("a", {"gm": ("1", "x + y"), "torch_version": ("2", "2.13")})]
-    now = [CacheLookup("b", {"gm": ("1", "x + y"), "torch_version": ("3", "2.14")}), CacheLookup("a", then[0].parts)]
-    (missed,) = missed_because(now, then)
-    assert missed["lookup"] == 0 and missed["nearest"] == "a"
+    parts = {"gm": ("1", "x + y"), "torch_version": ("3", "2.14")}
+    now = [CacheLookup("b", parts), CacheLookup("a", then[0].parts, "hit"), CacheLookup("b", parts)]
+    missed, again = missed_because(now, then)
+    assert missed["lookup"] == 0 and missed["nearest"] == "a" and not missed["this_run"]
     assert missed["differs_in"] == [{"part": "torch_version", "before": "2.13", "after": "2.14"}]
+    assert again["lookup"] == 2 and again["nearest"] == "b" and again["this_run"] and again["differs_in"] == []
+    assert missed_because(now[:1], []) == [
+        {"lookup": 0, "key": "b", "nearest": None, "this_run": False, "differs_in": []}
+    ]
+
+
+def test_equal_units_are_counted_as_reused() -> None:
+    session = tiny_session()
+    found = sharing(session.graphs)
+    assert found["units"] == sum(len(g.built.units) for g in session.graphs)
+    assert found["compiled"] == sum(len(g.built.distinct) for g in session.graphs)
+    assert found["reused"] == found["units"] - found["compiled"]
+
+
+def test_keys_are_remembered_beside_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    assert remembered_keys() == []
+    first, second = (CacheLookup(key, {"gm": (key, "x")}, "miss") for key in "ab")
+    remember_keys([first], [])
+    remember_keys([second, first], remembered_keys())
+    assert remembered_keys() == [first, second]
+    assert [p.name for p in tmp_path.iterdir()] == ["ktfx_keys.json"]
+
+
+@pytest.mark.slow
+def test_stats_tells_hits_from_misses_and_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Inductor for real: a fresh cache misses, a second run hits, another prompt length misses in the graph."""
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "inductor"))
+    monkeypatch.setattr("torch._functorch.config.enable_autograd_cache", False)
+    rules = tmp_path / "r.yaml"
+    rules.write_text("ktfx: 1\ndevices: {host: cpu}\ndefault_device: host\n")
+
+    def stats(tokens: int) -> dict[str, object]:
+        words = ["stats", "demo", "-r", str(rules), "--tiny", "--layers", "1", "--phase", "prefill", "--json"]
+        result = CliRunner().invoke(app, [*words, "--tokens", str(tokens)])
+        assert result.exit_code == 0, result.output
+        torch._dynamo.reset()
+        return json.loads(result.stdout)
+
+    first, again, longer = stats(4), stats(4), stats(6)
+    count = first["inductor_cache"]["misses"]
+    assert count > 0 and first["inductor_cache"]["hits"] == 0
+    assert again["inductor_cache"]["hits"] == count and again["missed_because"] == []
+    assert longer["inductor_cache"]["misses"] > 0
+    assert any(
+        part["part"] == "gm" or part["part"].startswith("example_inputs")
+        for m in longer["missed_because"]
+        for part in m["differs_in"]
+    )

@@ -11,6 +11,7 @@ from rich.table import Table
 
 from ktfx.cli.common import Debug, Json, guarded, print_json, stdout
 from ktfx.cli.debug_options import Backend, Dtype, Layers, ModelArgument, Phase, RulesOption, Simulate, Tiny, Tokens
+from ktfx.errors import OptionError
 
 
 @guarded
@@ -30,43 +31,71 @@ def stats(
     against: Annotated[
         Path | None, typer.Option("--against", metavar="FILE", help="Say which part of a key differs from that run's.")
     ] = None,
+    pack_cache: Annotated[
+        Path | None, typer.Option("--pack-cache", metavar="DIR", help="Where packed experts are kept between runs.")
+    ] = None,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
     """Matches per rule, time per pass, compile time per partition, cache hits and misses, and why a key was missed."""
+    from ktfx.debug import stats as tool
     from ktfx.debug.session import Setup, run
-    from ktfx.debug.stats import session_stats, watching_cache
 
-    earlier = _earlier(against) if against is not None else None
-    with watching_cache() as cache:
-        session = run(Setup(model, rules, simulate, layers, tiny, dtype, tokens, phase, backend))
-    result = session_stats(session, cache, earlier)
+    remembered = tool.remembered_keys()
+    then = _earlier(against) if against is not None else remembered
+    if save is not None and not save.parent.is_dir():
+        raise OptionError(f"--save {save}: there is no directory {save.parent}")
+    with tool.watching_cache() as cache:
+        setup = Setup(model, rules, simulate, layers, tiny, dtype, tokens, phase, backend)
+        session = run(setup, pack_cache=pack_cache)
+    result = tool.session_stats(session, cache, then)
+    tool.remember_keys(cache.lookups, remembered)
     if save is not None:
         save.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     if as_json:
         return print_json(result)
     for graph in result["graphs"]:
         _show(graph)
-    use = result["inductor_cache"]
-    console = stdout()
-    console.print(f"Inductor's cache: {use['hits']} hits, {use['misses']} misses, {use['bypasses']} bypasses")
-    for miss in result.get("missed_because", []):
-        parts = ", ".join(d["part"] for d in miss["differs_in"]) or "nothing: the entry was evicted"
-        console.print(f"lookup {miss['lookup']} was not in {against}: differs in {parts}", soft_wrap=True)
+    _show_caches(result, against)
     return None
 
 
-def _earlier(path: Path) -> dict[str, Any]:
-    from ktfx.errors import OptionError
+def _show_caches(result: dict[str, Any], against: Path | None) -> None:
+    console = stdout()
+    own, use, packs = result["compile_sharing"], result["inductor_cache"], result["pack_cache"]
+    console.print(
+        f"compiled once, used again: {own['units']} units, {own['compiled']} compiled in {own['seconds']:.1f} s, "
+        f"{own['reused']} reused, which saved {own['seconds_saved']:.1f} s",
+        soft_wrap=True,
+    )
+    console.print(
+        f"Inductor's cache: {use['hits']} hits, {use['misses']} misses, {use['bypasses']} bypasses"
+        + (f", {use['whole']} answered by AOTAutograd's before it" if use["whole"] else "")
+    )
+    for miss in result["missed_because"]:
+        console.print(f"lookup {miss['lookup']} was missed: {_why(miss, against)}", soft_wrap=True, markup=False)
+    if packs is not None:
+        console.print("packed experts on disk: " + ", ".join(f"{k} {v}" for k, v in packs.items()), soft_wrap=True)
+
+
+def _why(miss: dict[str, Any], against: Path | None) -> str:
+    if miss["nearest"] is None:
+        return "the first of its kind in this cache, as far as `ktfx stats` has seen"
+    where = "an earlier lookup of this run" if miss["this_run"] else str(against or "an earlier run")
+    if not miss["differs_in"]:
+        return f"{where} had this very key: its entry is gone"
+    return f"the nearest key, of {where}, differs in " + ", ".join(d["part"] for d in miss["differs_in"])
+
+
+def _earlier(path: Path) -> list[Any]:
+    from ktfx.debug.stats import lookups_from
 
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-        assert isinstance(data["inductor_cache"]["lookups"], list)
-    except (OSError, ValueError, KeyError, TypeError, AssertionError) as error:
+        return lookups_from(json.loads(path.read_text(encoding="utf-8"))["inductor_cache"]["lookups"])
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise OptionError(
             f"{path} holds no saved stats: {error}", mend="write one with ktfx stats --save FILE"
         ) from None
-    return dict(data)
 
 
 def _show(graph: dict[str, Any]) -> None:

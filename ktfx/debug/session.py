@@ -151,12 +151,10 @@ def _dtype(name: str) -> torch.dtype:
     return found
 
 
-def run(
-    setup: Setup, model: nn.Module | None = None, *, repro_dir: str | None = None, repro_inputs: bool = False
-) -> Session:
+def run(setup: Setup, model: nn.Module | None = None, **options: Any) -> Session:
     """Compile the model by the rules and run it: one prompt, and one more token if the generate phase is asked for.
 
-    repro_dir, repro_inputs: as the options of these names.
+    options: further ones of ``ktfx.compile`` (``repro_dir``, ``pack_cache``).
     """
     if setup.phase not in PHASES:
         raise OptionError(f"unknown phase {setup.phase!r}", expected="prefill, generate or both")
@@ -169,8 +167,7 @@ def run(
         partition_backend=setup.backend,
         keep_graphs=True,
         verify=setup.verify,
-        repro_dir=repro_dir,
-        repro_inputs=repro_inputs,
+        **options,
     )
     outputs = generate(model, ids, setup)
     session = Session(setup, model, ktfx.state_of(model), outputs)
