@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The CPU kernels and driver.cpp under AddressSanitizer with UBSan, then under ThreadSanitizer: tests/native/sanitize.sh
+# The CPU kernels, driver.cpp and linear_driver.cpp under AddressSanitizer with UBSan, then under ThreadSanitizer: tests/native/sanitize.sh
 # Builds under build/sanitize; stops at the first report.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
@@ -23,11 +23,15 @@ build() { # name, sanitizer flags
         esac
         echo "$flags $* $extra -c ktfx/cpu_kernels/$unit.cpp -o $out/$unit.o"
     done | xargs -P "$(nproc)" -L 1 "$cxx"
-    # shellcheck disable=SC2086
-    "$cxx" $flags "$@" tests/native/driver.cpp "$out"/*.o -pthread -o "$out/driver"
+    for unit in driver linear_driver; do
+        # shellcheck disable=SC2086
+        "$cxx" $flags "$@" "tests/native/$unit.cpp" "$out"/*.o -pthread -o "$out/$unit"
+    done
 }
 
 build address -fsanitize=address,undefined -fno-sanitize-recover=all -fno-sanitize=alignment
 build/sanitize/address/driver
+build/sanitize/address/linear_driver
 build thread -fsanitize=thread
 TSAN_OPTIONS=halt_on_error=1 build/sanitize/thread/driver --no-fork
+TSAN_OPTIONS=halt_on_error=1 build/sanitize/thread/linear_driver
