@@ -64,6 +64,7 @@ def compile_graph(
             options.partition_backend,
             partial(report_progress, "compile"),
             state.log,
+            options.cuda_graphs,
         )
     emit_warnings(context.warnings)
     report = GraphReport(

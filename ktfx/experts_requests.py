@@ -38,6 +38,15 @@ def request_for(path: str, layout: ExpertsLayout, kernel: str, spec: ExpertsSpec
     return PackedRequest(kernel, spec, tuple((part, f"{path}.{name}") for part, name in layout.parameters.items()))
 
 
+def read_parameters(module: nn.Module, layout: ExpertsLayout, kernel: str, spec: ExpertsSpec) -> list[str] | None:
+    """The parameters that the kernel reads as they are, in the order of its packed tensors; None if it packs them."""
+    if not experts_kernel(kernel).takes_parameters(spec):
+        return None
+    parts = ["gate_up", "down", *(["gate_up_bias", "down_bias"] if spec.has_bias else [])]
+    names = [layout.parameters[part] for part in parts]
+    return names if all(getattr(module, name).is_contiguous() for name in names) else None
+
+
 @dataclass(frozen=True)
 class PlacedExperts:
     """An experts module that only packed weights are read of: (request, device name) for each phase, generate first."""
@@ -63,6 +72,8 @@ def placed_experts(model: nn.Module, resolution: Resolution, devices: DeviceMap)
             assert name is not None
             spec = requested_spec(layout, placement, phase)
             if experts_kernel(name).unsupported(spec, dtype, devices[at.device]) is not None:
+                break
+            if read_parameters(module, layout, name, spec) is not None:
                 break
             requests[(request_for(path, layout, name, spec), at.device)] = None
         else:

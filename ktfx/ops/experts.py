@@ -87,6 +87,8 @@ class ExpertsKernel:
     dequantised(spec, packed): the weights it really computes with, in the plain layout (tests, error reports).
     restored(spec, packed, part, experts): the model's own tensor of a part for a range of experts, bit for bit and in
         the model's layout, from a pack of the format ``model``; None where the kernel has no such way.
+    takes_parameters(spec): whether ``pack`` would change nothing, so that the model's own contiguous tensors can be
+        passed in the order of ``packed_meta`` and no second copy is made.
     """
 
     name: str
@@ -96,6 +98,7 @@ class ExpertsKernel:
     forward: Callable[[ExpertsSpec, torch.Tensor, torch.Tensor, torch.Tensor, Sequence[torch.Tensor]], torch.Tensor]
     dequantised: Callable[[ExpertsSpec, Sequence[torch.Tensor]], dict[str, torch.Tensor]]
     restored: Callable[[ExpertsSpec, Sequence[torch.Tensor], str, range], torch.Tensor] | None = None
+    takes_parameters: Callable[[ExpertsSpec], bool] = lambda spec: False
 
 
 _KERNELS: dict[str, ExpertsKernel] = {}

@@ -56,6 +56,7 @@ def build_program(
     backend: str,
     progress: Callable[[int, int], None] | None = None,
     log: CallLog | None = None,
+    cuda_graphs: bool = True,
 ) -> BuiltProgram:
     """Compile the units and lay the steps out.
 
@@ -90,8 +91,8 @@ def build_program(
     steps = _steps(gm, part, graphs, compiled, layout, user_outputs, unfolded, by_name, context)
     outputs = [layout.output(v) for v in user_outputs]
     _free_slots(steps, keep=set(outputs) | layout.fixed)
-    program = Program(
     store.pack_all([(c.weight.request, c.device) for _, c in layout.constants if isinstance(c, PackedPart)])
+    program = Program(
         steps=steps,
         slots=layout.count,
         constants=layout.constants,
@@ -100,6 +101,8 @@ def build_program(
         bound=_bound_weights(gm, context, store),
         store=store,
         log=log or CallLog(),
+        devices={unit.device: context.devices[unit.device] for unit in part.units},
+        recordable=cuda_graphs and context.captured.phase == "generate",
     )
     return BuiltProgram(program, part.units, graphs, compiled, len(folds), len(unfolded))
 
