@@ -18,12 +18,13 @@ import ktfx
 from ktfx.cli.main import app
 from ktfx.debug.bisect import bisect, command_oracle, numerics_oracle
 from ktfx.debug.numerics import numerics, plot
-from ktfx.debug.replay import Replay
+from ktfx.debug.replay import PassFailure, Replay
 from ktfx.debug.session import Session
 from ktfx.errors import KtfxError, OptionError, PassError, VerifyError
 from ktfx.graph import info
 from ktfx.pass_manager import build_pipeline
 from ktfx.ruleset import load_ruleset
+from ktfx.verify import check_passes
 
 LAYER = 31
 
@@ -86,6 +87,25 @@ def test_numerics_passes_a_right_pipeline_and_plots_it() -> None:
 
 
 @pytest.mark.parametrize("fault", FAULTS)
+def test_verify_finds_the_layer_of_48(fault: str) -> None:
+    """What ``verify=True`` runs on the first call, on the one capture of the whole model."""
+    replay = _replay(fault)
+    args: list[object] = [None] * (1 + max(e.index for e in replay.context().captured.inputs.values()))
+    for name, entry in replay.context().captured.inputs.items():
+        if entry.index >= 0:
+            args[entry.index] = replay.values[name]
+    with pytest.raises((VerifyError, PassFailure)) as raised:
+        run = replay.run()
+        check_passes(run.records, args, run.context, replay.state.store)
+    assert "plant" in str(raised.value)
+    if fault == "lost_cache_update":
+        # The graph's values are all right; the write of this layer's cache is not.
+        assert f"output {LAYER} differs" in str(raised.value)
+    else:
+        assert f"layers.{LAYER}." in str(raised.value)
+
+
+@pytest.mark.parametrize("fault", ["wrong_literal", "lost_cache_update"])
 def test_verify_refuses_the_compiled_model(fault: str) -> None:
     layers, layer = 6, 4
     model = planted_model(layers)
