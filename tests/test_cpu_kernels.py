@@ -2,9 +2,11 @@
 awkward shapes, errors, threads, fork, tickets, the host function and the polling thread."""
 
 import ctypes
+import gc
 import os
 import threading
 import time
+import weakref
 
 import pytest
 import torch
@@ -381,3 +383,42 @@ def test_few_rows_an_expert_over_many_inputs(weights, rows):
     got = native.forward(spec, x, ids, routing, packed)
     want = reference_experts(spec, x, ids, routing, native.dequantised(spec, packed))
     assert (got - want).norm() / want.norm() < 6e-3
+
+
+def test_the_profile_accounts_for_calls_while_it_is_on():
+    spec = ExpertsSpec(4, 64, 48, weights="int8")
+    packed = native.pack(spec, {"gate_up": torch.randn(4, 96, 64), "down": torch.randn(4, 64, 48)})
+    x, ids, weights = torch.randn(40, 64), torch.randint(0, 4, (40, 2)), torch.rand(40, 2)
+    sums = (ctypes.c_double * library.PROFILE_SUMS)()
+    native.lib().ktfx_profile(1, None)
+    want = native.forward(spec, x, ids, weights, packed)
+    native.lib().ktfx_profile(0, sums)
+    assert sums[0] == 1 and min(sums[2], sums[6], sums[10]) > 0
+    assert torch.equal(native.forward(spec, x, ids, weights, packed), want)
+    native.lib().ktfx_profile(0, sums)
+    assert list(sums) == [0.0] * library.PROFILE_SUMS
+
+
+@pytest.mark.parametrize("weights", ["model", "int8", "int4", "mxfp4"])
+def test_how_far_ahead_weights_are_fetched_changes_nothing(weights):
+    spec = ExpertsSpec(4, 256, 96, weights=weights)
+    packed = native.pack(spec, {"gate_up": torch.randn(4, 192, 256), "down": torch.randn(4, 256, 96)})
+    x, ids, routing = torch.randn(3, 256), torch.randint(0, 4, (3, 2)), torch.rand(3, 2)
+    want = native.forward(spec, x, ids, routing, packed)
+    try:
+        for distance in (64, 1 << 14, 1 << 20):
+            native.lib().ktfx_set_ahead(distance)
+            assert torch.equal(native.forward(spec, x, ids, routing, packed), want)
+    finally:
+        native.lib().ktfx_set_ahead(0)
+    assert native.lib().ktfx_ahead() == 1024
+
+
+def test_packed_weights_are_freed_with_their_last_owner():
+    spec = ExpertsSpec(2, 32, 32)
+    packed = native.pack(spec, {"gate_up": torch.randn(2, 64, 32), "down": torch.randn(2, 32, 32)})
+    native.forward(spec, torch.randn(1, 32), torch.zeros(1, 1, dtype=torch.long), torch.ones(1, 1), packed)
+    gone = [weakref.ref(t) for t in packed]
+    del packed
+    gc.collect()
+    assert all(ref() is None for ref in gone)

@@ -11,6 +11,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <chrono>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
@@ -38,6 +39,28 @@ std::atomic<int>& amx_rows() {
     return text && atoi(text) > 0 ? atoi(text) : 8;
   }()};
   return rows;
+}
+
+std::atomic<int>& ahead_setting() {
+  static std::atomic<int> bytes{[] {
+    const char* text = getenv("KTFX_CPU_AHEAD");
+    return text && atoi(text) > 0 ? atoi(text) : kAhead;
+  }()};
+  return bytes;
+}
+int ahead_bytes() { return ahead_setting().load(std::memory_order_relaxed); }
+
+// Where the time of calls goes, for measurements: ktfx_profile.
+struct Profile {
+  std::atomic<bool> on{false};
+  double sums[KTFX_PROFILE] = {};  // under the pool's lock
+};
+Profile& profile() {
+  static Profile p;
+  return p;
+}
+double seconds_now() {
+  return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
 }
 
 // Memory of the running call, cut from one mapping with huge pages that the next call finds again.
@@ -125,6 +148,7 @@ struct Run {
   float* y;                // [S][Hp], or [T][Hp] when fused
   float* scratch;          // [threads][scratch_floats]
   int64_t scratch_floats;
+  int up_columns;          // columns of h a task of the up step: kColumns, or a part of it
   int down_tiles;          // tiles a task of the down step
 };
 
@@ -178,14 +202,14 @@ class Ahead {
 
 // One row block over inputs [k, end) of a tile, or of the panel that it was unpacked to.
 void multiply_rows(const Run& r, const ktfx_matrix& m, const PanelKind& kind, const uint8_t* tile, const float* panel,
-                   const RowBlock& b, const Rows& in, int k, int end, float* c) {
+                   const uint8_t* next, const RowBlock& b, const Rows& in, int k, int end, float* c) {
   const KernelTable& kt = *r.kernels;
   if (!panel) {
-    const TileArgs a{tile, &m, in.q, in.dx, in.sx, c, k, end, kind.block, k == 0};
+    const TileArgs a{tile, &m, in.q, in.dx, in.sx, c, k, end, kind.block, k == 0, next, ahead_bytes()};
     tile_kernel(r, m, kind.panel, b.rows)(&a);
   } else if (kind.panel == kPanelF32) {
     const float* x = (const float*)in.q + (int64_t)k * b.rows;  // the panel begins at input 0
-    const TileArgs a{(const uint8_t*)panel, nullptr, x, nullptr, nullptr, c, 0, end - k, kind.block, k == 0};
+    const TileArgs a{(const uint8_t*)panel, nullptr, x, nullptr, nullptr, c, 0, end - k, kind.block, k == 0, nullptr, 0};
     kt.f32[KTFX_FMT_F32][b.rows](&a);
   } else {
     const PanelArgs a{panel, panel + 256 * kTile, in.q, in.dx, in.sx, c, k, end, kind.block, k == 0};
@@ -193,9 +217,9 @@ void multiply_rows(const Run& r, const ktfx_matrix& m, const PanelKind& kind, co
   }
 }
 
-// c[tile][rows of the chunk][16] for `tiles` tiles from `w` on.
-void multiply(const Run& r, const ktfx_matrix& m, const uint8_t* w, int tiles, const Chunk& chunk, bool down, float* c,
-              float* scratch) {
+// c[tile][rows of the chunk][16] for `tiles` tiles from `w` on. after: what this thread reads next, null if unknown.
+void multiply(const Run& r, const ktfx_matrix& m, const uint8_t* w, int tiles, const uint8_t* after, const Chunk& chunk,
+              bool down, float* c, float* scratch) {
   const KernelTable& kt = *r.kernels;
   const RowBlock* blocks = r.ws->blocks.data();
   if (chunk.amx) {
@@ -230,7 +254,7 @@ void multiply(const Run& r, const ktfx_matrix& m, const uint8_t* w, int tiles, c
       float* to = c + (int64_t)t * chunk.rows * kTile;
       for (int i = chunk.first; i < chunk.last; ++i) {
         ahead.part();
-        multiply_rows(r, m, kind, tile, unpack ? scratch : nullptr, blocks[i], down ? blocks[i].h : blocks[i].x, k, end,
+        multiply_rows(r, m, kind, tile, unpack ? scratch : nullptr, last_tile ? after : tile + m.tile_bytes, blocks[i], down ? blocks[i].h : blocks[i].x, k, end,
                       to);
         to += blocks[i].rows * kTile;
       }
@@ -321,15 +345,17 @@ void up_task(void* context, int share, int64_t task, int worker) {
   const int paired = l.up.paired + 1;
   const int64_t groups = (l.down.Kp + kColumns - 1) / kColumns;
   const int64_t begin = share_begin(groups, share, r.pool->shares()), end = share_begin(groups, share + 1, r.pool->shares());
-  const Chunk& chunk = r.ws->chunks[task / (end - begin)];
-  const int64_t column = (begin + task % (end - begin)) * kColumns;
-  const int tile = (int)(column / kTile), columns = (int)std::min<int64_t>(kColumns, l.down.Kp - column);
+  const int64_t parts = kColumns / r.up_columns, part = task % ((end - begin) * parts);
+  const Chunk& chunk = r.ws->chunks[task / ((end - begin) * parts)];
+  const int64_t column = (begin + part / parts) * kColumns + part % parts * r.up_columns;
+  if (column >= l.down.Kp) return;
+  const int tile = (int)(column / kTile), columns = (int)std::min<int64_t>(r.up_columns, l.down.Kp - column);
   const int h_tiles = l.up.tiles / paired, count = std::max(0, std::min(columns / kTile, h_tiles - tile));
   float* c = r.scratch + worker * r.scratch_floats;
   float* tail = c + (int64_t)kColumns / kTile * 2 * kChunkRows * kTile;
   const uint8_t* w = l.up_weights + ((int64_t)chunk.expert * l.up.tiles + (int64_t)tile * paired) * l.up.tile_bytes;
   if (chunk.amx) kt.amx_begin();
-  if (count) multiply(r, l.up, w, count * paired, chunk, false, c, tail);
+  if (count) multiply(r, l.up, w, count * paired, nullptr, chunk, false, c, tail);
   if (chunk.amx) kt.amx_end();
   const int64_t I = l.intermediate;
   const float* bias = l.up_bias ? l.up_bias + chunk.expert * I * paired : nullptr;
@@ -368,13 +394,13 @@ void up_task(void* context, int share, int64_t task, int worker) {
 
 // The outputs of `tiles` tiles from `tile` on, for one chunk, weighted and added to out(row) + 16 tile.
 template <class Out>
-void down_chunk(const Run& r, const Chunk& chunk, int tile, int tiles, int worker, Out out) {
+void down_chunk(const Run& r, const Chunk& chunk, const uint8_t* after, int tile, int tiles, int worker, Out out) {
   const ktfx_layer& l = *r.layer;
   float* c = r.scratch + worker * r.scratch_floats;
   float* tail = c + (int64_t)kDownTiles * kChunkRows * kTile;
   const uint8_t* w = l.down_weights + ((int64_t)chunk.expert * l.down.tiles + tile) * l.down.tile_bytes;
   if (chunk.amx) r.kernels->amx_begin();
-  multiply(r, l.down, w, tiles, chunk, true, c, tail);
+  multiply(r, l.down, w, tiles, after, chunk, true, c, tail);
   if (chunk.amx) r.kernels->amx_end();
   const float* bias = l.down_bias ? l.down_bias + (int64_t)chunk.expert * l.hidden : nullptr;
   for (int row = 0; row < chunk.rows; ++row) {
@@ -396,8 +422,19 @@ void down_fused_task(void* context, int share, int64_t task, int worker) {
   const int64_t begin = share_begin(l.down.tiles, share, shares), end = share_begin(l.down.tiles, share + 1, shares);
   const int tile = (int)(begin + task * r.down_tiles), tiles = (int)std::min<int64_t>(r.down_tiles, end - tile);
   for (int64_t t = 0; t < r.T; ++t) memset(r.y + t * Hp + tile * kTile, 0, tiles * kTile * 4);
-  for (const Chunk& chunk : r.ws->chunks)
-    down_chunk(r, chunk, tile, tiles, worker, [&](int32_t slot, int64_t) { return r.y + (int64_t)(slot / r.K) * Hp; });
+  const std::vector<Chunk>& chunks = r.ws->chunks;
+  for (size_t i = 0; i < chunks.size(); ++i) {
+    // The same tiles of the next expert come after these.
+    const Chunk& then = chunks[std::min(i + 1, chunks.size() - 1)];
+    const uint8_t* after = l.down_weights + ((int64_t)then.expert * l.down.tiles + tile) * l.down.tile_bytes;
+    down_chunk(r, chunks[i], after, tile, tiles, worker,
+               [&](int32_t slot, int64_t) { return r.y + (int64_t)(slot / r.K) * Hp; });
+  }
+  // These outputs are whole now.
+  const int bytes = dtype_bytes(r.call->x_dtype);
+  const int64_t first = (int64_t)tile * kTile, columns = std::min<int64_t>(tiles * kTile, l.hidden - first);
+  for (int64_t t = 0; t < r.T; ++t)
+    r.kernels->from_f32(r.y + t * Hp + first, r.out + (t * l.hidden + first) * bytes, r.call->x_dtype, columns);
 }
 
 void down_task(void* context, int share, int64_t task, int worker) {
@@ -411,7 +448,7 @@ void down_task(void* context, int share, int64_t task, int worker) {
   const int tiles = (int)std::min<int64_t>(r.down_tiles, end - tile);
   for (int i = 0; i < chunk.rows; ++i)
     memset(r.y + (int64_t)(chunk.slot + i) * Hp + tile * kTile, 0, tiles * kTile * 4);
-  down_chunk(r, chunk, tile, tiles, worker, [&](int32_t, int64_t place) { return r.y + place * Hp; });
+  down_chunk(r, chunk, nullptr, tile, tiles, worker, [&](int32_t, int64_t place) { return r.y + place * Hp; });
 }
 
 void sum_task(void* context, int, int64_t task, int worker) {
@@ -545,9 +582,36 @@ bool lay_out(Run& r) {
   return true;
 }
 
+// Adds the time since `since` to a phase and returns now; for a step on all threads also how late they began and how
+// long they waited for the last one, as means over the threads.
+double note_phase(Run& r, double since, int phase, Pool::Times* times = nullptr) {
+  if (!since) return 0;
+  const double now = seconds_now();
+  double* sums = profile().sums;
+  sums[phase] += now - since;
+  if (times) {
+    const int n = r.pool->threads();
+    for (int w = 0; w < n; ++w) {
+      const bool took = times->begin[w] > 0;
+      sums[phase + 1] += (took ? times->begin[w] - since : 0) / n;
+      sums[phase + 2] += (took ? now - times->end[w] : 0) / n;
+      sums[phase + 3] += (took ? 0.0 : 1.0) / n;
+    }
+  }
+  return now;
+}
+
 int32_t run_part(Run& r) {
   const ktfx_layer& l = *r.layer;
   const int shares = r.pool->shares();
+  double since = profile().on ? seconds_now() : 0;
+  Pool::Times times;
+  auto watch = [&] {
+    if (!since) return;
+    times.begin.assign(r.pool->threads(), 0.0);
+    times.end.assign(r.pool->threads(), 0.0);
+    r.pool->note_times(&times);
+  };
   sort_slots(r);
   if (!lay_out(r)) return KTFX_NO_MEMORY;
   const int64_t token_tasks = (r.T + 7) / 8;
@@ -557,11 +621,19 @@ int32_t run_part(Run& r) {
     run_plain(r, token_tasks, token_task);
   if (r.ws->blocks.size() < (size_t)r.S || r.any_amx) run_plain(r, (int64_t)r.ws->blocks.size(), gather_task);
 
+  since = note_phase(r, since, 1);
   int64_t tasks[kMaxShares];
   const int64_t columns = (l.down.Kp + kColumns - 1) / kColumns, chunks = (int64_t)r.ws->chunks.size();
+  // One token's tasks are few: smaller ones keep a late thread from being waited for. A block of quantised h stays whole.
+  r.up_columns = kColumns;
+  const int least = r.h_kind.panel == kPanelF32 ? kTile : r.h_kind.block;
+  while (r.up_columns / 2 >= least && chunks * columns * kColumns < 16ll * r.pool->threads() * r.up_columns)
+    r.up_columns /= 2;
   for (int s = 0; s < shares; ++s)
-    tasks[s] = chunks * (share_begin(columns, s + 1, shares) - share_begin(columns, s, shares));
+    tasks[s] = chunks * (kColumns / r.up_columns) * (share_begin(columns, s + 1, shares) - share_begin(columns, s, shares));
+  watch();
   r.pool->run(tasks, up_task, &r);
+  since = note_phase(r, since, 2, &times);
 
   // Fused tasks are long: at least eight a thread, as far as there are tiles.
   r.down_tiles = r.fused ? std::max(1, std::min(kDownTiles, l.down.tiles / (8 * r.pool->threads()))) : kDownTiles;
@@ -569,14 +641,15 @@ int32_t run_part(Run& r) {
     const int64_t n = share_begin(l.down.tiles, s + 1, shares) - share_begin(l.down.tiles, s, shares);
     tasks[s] = (n + r.down_tiles - 1) / r.down_tiles * (r.fused ? 1 : chunks);
   }
+  watch();
   r.pool->run(tasks, r.fused ? down_fused_task : down_task, &r);
+  since = note_phase(r, since, 6, &times);
+  if (since) r.pool->note_times(nullptr);
 
-  if (r.fused) {
-    const int64_t Hp = (int64_t)l.down.tiles * kTile;
-    for (int64_t t = 0; t < r.T; ++t)
-      r.kernels->from_f32(r.y + t * Hp, r.out + t * l.hidden * dtype_bytes(r.call->x_dtype), r.call->x_dtype, l.hidden);
-  } else {
-    run_plain(r, (r.T + 3) / 4, sum_task);
+  if (!r.fused) run_plain(r, (r.T + 3) / 4, sum_task);
+  if (since) {
+    note_phase(r, since, 10);
+    profile().sums[0] += 1;
   }
   return KTFX_OK;
 }
@@ -663,6 +736,17 @@ int32_t ktfx_experts(ktfx_call* call) {
 
 int32_t ktfx_amx_rows(void) { return ktfx::amx_rows(); }
 void ktfx_set_amx_rows(int32_t rows) { ktfx::amx_rows() = rows > 0 ? rows : 8; }
+void ktfx_profile(int32_t on, double* sums) {
+  std::shared_ptr<ktfx::Pool> p = ktfx::pool();
+  std::lock_guard<std::mutex> hold(p->busy);
+  ktfx::Profile& all = ktfx::profile();
+  if (sums) memcpy(sums, all.sums, sizeof all.sums);
+  memset(all.sums, 0, sizeof all.sums);
+  all.on = on != 0;
+}
+
+int32_t ktfx_ahead(void) { return ktfx::ahead_bytes(); }
+void ktfx_set_ahead(int32_t bytes) { ktfx::ahead_setting() = bytes > 0 ? bytes : ktfx::kAhead; }
 int32_t ktfx_threads(void) { return ktfx::pool()->threads(); }
 int32_t ktfx_shares(void) { return ktfx::pool()->shares(); }
 

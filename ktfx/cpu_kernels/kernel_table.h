@@ -10,6 +10,7 @@ constexpr int kFp8Block = 128;
 constexpr int kBlock8 = 32;       // inputs that share an int8 activation scale
 constexpr int kBlock16 = 64;      // inputs that share an int16 activation scale
 constexpr int kAmxChunk = 32;
+constexpr int kAhead = 1024;
 
 // How the rows of an expert's input lie for the tile kernels.
 enum Panel { kPanelF32 = 0, kPanelI16 = 1, kPanelI8 = 2, kPanelBf16Rows = 3 };
@@ -24,6 +25,8 @@ struct TileArgs {
   int32_t k0, k1;      // multiples of 128, or Kp
   int32_t block;       // inputs an activation scale
   bool first;
+  const uint8_t* next = nullptr;  // the tile that will be read after this one; null: not known
+  int32_t ahead = 0;  // bytes fetched before they are read; 0: kAhead
 };
 
 // A row block over inputs [k0, k1) of a tile that was unpacked to a panel.

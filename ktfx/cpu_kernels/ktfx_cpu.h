@@ -6,6 +6,7 @@
 
 #define KTFX_ABI 1
 #define KTFX_MESSAGE 192
+#define KTFX_PROFILE 11
 
 #ifdef __cplusplus
 extern "C" {
@@ -79,6 +80,8 @@ const char* ktfx_isas(void);             // comma-separated, those this machine 
 int32_t ktfx_set_isa(const char* name);  // 0, or KTFX_BAD_ARGUMENT where this machine cannot run it
 int32_t ktfx_amx_rows(void);             // rows of one expert from which AMX takes it (KTFX_CPU_AMX_ROWS)
 void ktfx_set_amx_rows(int32_t rows);    // for measurements; 0 is the default
+int32_t ktfx_ahead(void);                // bytes of weights fetched before they are read (KTFX_CPU_AHEAD)
+void ktfx_set_ahead(int32_t bytes);      // for measurements; 0 is the default
 int32_t ktfx_threads(void);
 int32_t ktfx_set_threads(int32_t threads, int32_t shares);  // 0: what the machine has; waits for running calls
 int32_t ktfx_shares(void);
@@ -111,6 +114,10 @@ int32_t ktfx_poller_add(ktfx_poller*, ktfx_call* call, volatile uint32_t* start,
 void ktfx_poller_arm(ktfx_poller*, int32_t on);  // armed it polls, else it sleeps
 void ktfx_poller_destroy(ktfx_poller*);
 
+// Sums since the last call of this function, in seconds: [0] calls (parts of calls with very many tokens), [1] sorting and
+// laying out, [2] up, [6] down, [10] the sum over choices. After up and down, as means over the threads: how late they
+// began, how long they waited for the last, and how many of them (a fraction of one) took no task at all.
+void ktfx_profile(int32_t on, double* sums);
 double ktfx_measure_read(const void* data, int64_t bytes);  // bytes per second, all threads, the same pool
 double ktfx_measure_fma(void);                              // float operations per second, all threads
 

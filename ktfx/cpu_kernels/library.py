@@ -11,6 +11,7 @@ from pathlib import Path
 
 ABI = 1
 MESSAGE_BYTES = 192
+PROFILE_SUMS = 11
 FILE_NAME = "libktfx_cpu.so"
 
 
@@ -71,6 +72,8 @@ _SIGNATURES: dict[str, tuple[object, list[object]]] = {
     "ktfx_set_isa": (c_int32, [c_char_p]),
     "ktfx_amx_rows": (c_int32, []),
     "ktfx_set_amx_rows": (None, [c_int32]),
+    "ktfx_ahead": (c_int32, []),
+    "ktfx_set_ahead": (None, [c_int32]),
     "ktfx_threads": (c_int32, []),
     "ktfx_set_threads": (c_int32, [c_int32, c_int32]),
     "ktfx_shares": (c_int32, []),
@@ -88,6 +91,7 @@ _SIGNATURES: dict[str, tuple[object, list[object]]] = {
     "ktfx_poller_add": (c_int32, [c_void_p, POINTER(Call), POINTER(c_uint32), POINTER(c_uint32)]),
     "ktfx_poller_arm": (None, [c_void_p, c_int32]),
     "ktfx_poller_destroy": (None, [c_void_p]),
+    "ktfx_profile": (None, [c_int32, POINTER(c_double)]),
     "ktfx_measure_read": (c_double, [c_void_p, c_int64]),
     "ktfx_measure_fma": (c_double, []),
 }

@@ -36,8 +36,12 @@ void relax() {
 void futex_wait(std::atomic<uint32_t>& word, uint32_t value) {
   syscall(SYS_futex, &word, FUTEX_WAIT_PRIVATE, value, nullptr, nullptr, 0);
 }
-void futex_wake(std::atomic<uint32_t>& word) {
-  syscall(SYS_futex, &word, FUTEX_WAKE_PRIVATE, INT_MAX, nullptr, nullptr, 0);
+void futex_wake(std::atomic<uint32_t>& word, int most = INT_MAX) {
+  syscall(SYS_futex, &word, FUTEX_WAKE_PRIVATE, most, nullptr, nullptr, 0);
+}
+
+double seconds_now() {
+  return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
 }
 
 // Subnormal weights must keep their value whatever the caller's thread has set; put back on the way out.
@@ -237,7 +241,9 @@ void Pool::loop(int worker) {
     if (!wait_while(generation_, seen)) {
       sleepers_.fetch_add(1);
       while (generation_.load() == seen) futex_wait(generation_, seen);
-      sleepers_.fetch_sub(1);
+      // Each wakes two more, so that no thread spends its time on waking all the others. Nobody is missed: whoever
+      // still sleeps was asleep before the generation changed, and is in the queue.
+      if (sleepers_.fetch_sub(1) > 1) futex_wake(generation_, 2);
     }
     seen = generation_.load(std::memory_order_acquire);
     if (stop_) return;
@@ -247,6 +253,17 @@ void Pool::loop(int worker) {
 }
 
 void Pool::work(int worker) {
+  Times* times = times_.load(std::memory_order_relaxed);
+  const double begin = times ? seconds_now() : 0;
+  const int64_t done = take_tasks(worker);
+  if (times && done) {
+    times->begin[worker] = begin;
+    times->end[worker] = seconds_now();
+  }
+}
+
+int64_t Pool::take_tasks(int worker) {
+  int64_t done = 0;
   const int own = (int)((int64_t)worker * shares_ / threads_);
   for (int i = 0; i < shares_; ++i) {
     const int share = (own + i) % shares_;
@@ -256,8 +273,10 @@ void Pool::work(int worker) {
       const int64_t task = c.next.fetch_add(1, std::memory_order_relaxed);
       if (task >= c.count) break;
       fn_(context_, share, task, worker);
+      ++done;
     }
   }
+  return done;
 }
 
 void Pool::run(const int64_t* tasks, TaskFn fn, void* context) {
@@ -276,7 +295,7 @@ void Pool::run(const int64_t* tasks, TaskFn fn, void* context) {
   }
   inside_.fetch_and(~kClosed, std::memory_order_acq_rel);
   generation_.fetch_add(1);
-  if (sleepers_.load()) futex_wake(generation_);
+  if (sleepers_.load()) futex_wake(generation_, 2);
   work(0);
   // All tasks are taken; wait for the workers that took some.
   uint32_t value = inside_.fetch_or(kClosed, std::memory_order_acq_rel) | kClosed;

@@ -32,6 +32,12 @@ class Pool {
 
   std::shared_ptr<void> workspace;  // the running call's; kept for the next one
 
+  // When each worker took its first task of a run and finished its last; 0: it took none. For measurements.
+  struct Times {
+    std::vector<double> begin, end;
+  };
+  void note_times(Times* times) { times_.store(times, std::memory_order_relaxed); }  // null: no more
+
   void begin_call();  // keeps the caller and the workers on different cores
 
  private:
@@ -40,11 +46,13 @@ class Pool {
     int64_t count = 0;
   };
   void work(int worker);
+  int64_t take_tasks(int worker);  // how many it took
   void loop(int worker);
   bool wait_while(std::atomic<uint32_t>& word, uint32_t value);
   void pin(int worker, int core);
 
   int threads_, shares_;
+  std::atomic<Times*> times_{nullptr};
   TaskFn fn_ = nullptr;
   void* context_ = nullptr;
   Counter counters_[kMaxShares];

@@ -128,11 +128,25 @@ KTFX_INLINE vf load1(const uint8_t* w, int64_t q, int i, int t) {
   return as_float(((v << (24 - 8 * i)) >> 4) & (int32_t)0x87f00000);
 }
 
-constexpr int kAhead = 1024;  // bytes of a tile fetched before they are read
-
 constexpr int row_bytes4(int format) {  // bytes of a tile for four inputs
   return format == KTFX_FMT_F32 ? 256 : format == KTFX_FMT_BF16 || format == KTFX_FMT_F16 ? 128 : 64;
 }
+
+// Fetches a tile's bytes some time before they are read, and past its end those of the tile that comes next: what lies
+// behind it in memory is often another thread's.
+struct Fetcher {
+  const uint8_t* end;
+  int64_t skip, ahead;
+  KTFX_MEMBER Fetcher(const TileArgs* a, int64_t bytes) {
+    end = a->w + bytes;
+    skip = (a->next ? a->next : a->w) - end;
+    ahead = a->ahead ? a->ahead : kAhead;
+  }
+  KTFX_MEMBER void line(const uint8_t* at) const {
+    const uint8_t* p = at + ahead;
+    __builtin_prefetch(p < end ? p : p + skip);
+  }
+};
 
 template <int F, int M>
 void float_tile(const TileArgs* a) {
@@ -142,12 +156,13 @@ void float_tile(const TileArgs* a) {
   const uint8_t* w = a->w;
   int32_t k = a->k0;
   bool first = a->first;
+  // A tile that was unpacked to a panel (no matrix) is in the nearest cache already.
+  const Fetcher fetch(a, (int64_t)(a->m ? a->m->Kp : a->k1) / 4 * row_bytes4(F));
   while (k < a->k1) {
     int32_t end = F == KTFX_FMT_FP8 && k + kFp8Block < a->k1 ? k + kFp8Block : a->k1;
     vf acc[U][M][V] = {};
     for (int64_t q = k / 4; q < end / 4; ++q) {
-      const uint8_t* next = w + q * row_bytes4(F) + kAhead;
-      for (int i = 0; i < row_bytes4(F); i += 64) __builtin_prefetch(next + i);
+      for (int i = 0; i < row_bytes4(F); i += 64) fetch.line(w + q * row_bytes4(F) + i);
       UNROLL
       for (int i = 0; i < 4; ++i) {
         vf v[V];
@@ -269,7 +284,7 @@ constexpr int32_t offset_of() {
 template <int F, int S, int M>
 struct BlockSums {
   const TileArgs* a;
-  const uint8_t *scales, *zeros;
+  const uint8_t *scales, *zeros, *next_scales;
   int group_shift;
   static constexpr bool kept = M <= 2 || L == 16;
   vf sum[kept ? M : 1][V];
@@ -277,6 +292,7 @@ struct BlockSums {
   KTFX_MEMBER BlockSums(const TileArgs* args) : a(args) {
     scales = a->w + a->m->scale_offset;
     zeros = a->w + a->m->zero_offset;
+    next_scales = (a->next ? a->next : a->w) + a->m->scale_offset;
     group_shift = F == KTFX_FMT_INT8 ? 0 : __builtin_ctz((unsigned)a->m->group);
     UNROLL
     for (int r = 0; r < M; ++r)
@@ -291,7 +307,7 @@ struct BlockSums {
   // those of the next tile, a line a while.
   KTFX_MEMBER void ahead(int32_t k) const {
     if constexpr (F != KTFX_FMT_INT8)
-      __builtin_prefetch(scales + a->m->tile_bytes + ((int64_t)(k >> group_shift) * kTile) * scale_bytes(S));
+      __builtin_prefetch(next_scales + ((int64_t)(k >> group_shift) * kTile) * scale_bytes(S));
   }
 
   // Block number b, from input k on.
@@ -334,8 +350,25 @@ struct BlockSums {
 };
 
 // One row of an integer tile: 64 bytes times the next 4 or 8 inputs of every row.
-template <int F, int M>
-KTFX_INLINE void int16_row(const uint8_t* row, const int32_t* x, vi (&acc)[M][V]) {
+//
+// AVX-512's dot products take five cycles to add to a sum, so one row of one tile needs several sums side by side.
+template <int M>
+constexpr int chains() {
+  return KTFX_INT != 5 || M >= 4 ? 1 : M >= 2 ? 2 : 4;
+}
+
+template <int M, int U>
+KTFX_INLINE void join_chains(vi (&acc)[U][M][V]) {
+  UNROLL
+  for (int u = 1; u < U; ++u)
+    UNROLL
+    for (int r = 0; r < M; ++r)
+      UNROLL
+      for (int t = 0; t < V; ++t) acc[0][r][t] += acc[u][r][t];
+}
+
+template <int F, int M, int U>
+KTFX_INLINE void int16_row(const uint8_t* row, const int32_t* x, int at, vi (&acc)[U][M][V]) {
   constexpr int pieces = F == KTFX_FMT_INT8 ? 2 : 4;  // vectors of pairs in a row
   UNROLL
   for (int i = 0; i < pieces; ++i) {
@@ -348,8 +381,9 @@ KTFX_INLINE void int16_row(const uint8_t* row, const int32_t* x, vi (&acc)[M][V]
       const vi xs = splat(p[2 * r]);
       UNROLL
       for (int t = 0; t < V; ++t) {
-        acc[r][t] = dot16(acc[r][t], v[t], xs);
-        HOLD(acc[r][t]);
+        vi& sum = acc[(at * pieces + i) % U][r][t];
+        sum = dot16(sum, v[t], xs);
+        HOLD(sum);
       }
     }
   }
@@ -362,20 +396,22 @@ void int16_tile(const TileArgs* a) {
   const int32_t* x = (const int32_t*)a->x + (int64_t)(a->k0 / step) * xs;  // pairs: [Kp / 4][M][2]
   const uint8_t* row = a->w + (int64_t)(a->k0 / step) * 64;
   BlockSums<F, S, M> sums(a);
+  const Fetcher fetch(a, (int64_t)(a->m->Kp / step) * 64);
   int64_t b = a->k0 / a->block;
   for (int32_t k = a->k0; k < a->k1; k += a->block, ++b) {
     const int32_t n = k + a->block < a->k1 ? a->block : a->k1 - k;
-    vi acc[M][V] = {};
+    vi acc[chains<M>()][M][V] = {};
     sums.ahead(k);
     // A fixed number of rows, written out: a loop this short costs as much as what is in it.
     for (int32_t done = 0; done < n; done += 32) {
       UNROLL
       for (int s = 0; s < 32 / step; ++s, row += 64, x += xs) {
-        __builtin_prefetch(row + kAhead);
-        int16_row<F, M>(row, x, acc);
+        fetch.line(row);
+        int16_row<F, M>(row, x, s, acc);
       }
     }
-    sums.add(b, k, acc);
+    join_chains(acc);
+    sums.add(b, k, acc[0]);
   }
   sums.finish();
 }
@@ -387,8 +423,9 @@ void int8_tile(const TileArgs* a) {
   const int32_t* x = (const int32_t*)a->x + (int64_t)(a->k0 / 4) * M;  // quads: [Kp / 4][M]
   const uint8_t* row = a->w + (int64_t)(a->k0 / 8) * 64;
   BlockSums<F, S, M> sums(a);
+  const Fetcher fetch(a, (int64_t)(a->m->Kp / 8) * 64);
   for (int32_t k = a->k0; k < a->k1; k += kBlock8, row += rows * 64, x += kBlock8 / 4 * M) {
-    vi acc[M][V] = {};
+    vi acc[chains<M>()][M][V] = {};
     sums.ahead(k);
 #if KTFX_INT == 2
     // 16-bit sums: eight of 2 * 15 * 127 (INT4) or four of 2 * 24 * 127 (MXFP4) stay below 2^15.
@@ -398,7 +435,7 @@ void int8_tile(const TileArgs* a) {
 #endif
     UNROLL
     for (int s = 0; s < rows; ++s) {
-      __builtin_prefetch(row + s * 64 + kAhead);
+      fetch.line(row + s * 64);
       UNROLL
       for (int i = 0; i < 2; ++i) {
         vi v[V];
@@ -416,13 +453,15 @@ void int8_tile(const TileArgs* a) {
             sum = s == 0 && i < halves ? products : _mm256_add_epi16(sum, products);
             HOLD(sum);
 #else
-            acc[r][t] = dot8(acc[r][t], v[t], b);
-            HOLD(acc[r][t]);
+            vi& sum = acc[(s * 2 + i) % chains<M>()][r][t];
+            sum = dot8(sum, v[t], b);
+            HOLD(sum);
 #endif
           }
         }
       }
     }
+    join_chains(acc);
 #if KTFX_INT == 2
     UNROLL
     for (int h = 0; h < halves; ++h)
@@ -431,10 +470,10 @@ void int8_tile(const TileArgs* a) {
         UNROLL
         for (int t = 0; t < V; ++t) {
           const vi whole = (vi)_mm256_madd_epi16(part[h][r][t], ones);
-          acc[r][t] = h ? acc[r][t] + whole : whole;
+          acc[0][r][t] = h ? acc[0][r][t] + whole : whole;
         }
 #endif
-    sums.add(k / kBlock8, k, acc);
+    sums.add(k / kBlock8, k, acc[0]);
   }
   sums.finish();
 }

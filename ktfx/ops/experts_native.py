@@ -6,12 +6,12 @@ Packed tensors of a layer: the gate-up tiles and the down tiles, uint8 (E, bytes
 from __future__ import annotations
 
 import ctypes
-from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from ktfx.cpu_kernels import library as native
 from ktfx.errors import HostCallError, KtfxError, WeightError
@@ -201,9 +201,8 @@ class NativeLayer:
     packed: tuple[torch.Tensor, ...]
 
 
-# Building the structure takes longer than a small call; keyed by addresses, it is checked against the tensors it holds.
-_layers: OrderedDict[tuple[ExpertsSpec, int, int], NativeLayer] = OrderedDict()
-_MOST_LAYERS = 4096
+# Building the structure takes longer than a small call. Weak: a model that is dropped takes its packed weights along.
+_structs: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 
 def native_layer(spec: ExpertsSpec, packed: Sequence[torch.Tensor]) -> NativeLayer:
@@ -239,14 +238,11 @@ def native_layer(spec: ExpertsSpec, packed: Sequence[torch.Tensor]) -> NativeLay
 
 
 def _cached_layer(spec: ExpertsSpec, packed: Sequence[torch.Tensor]) -> NativeLayer:
-    key = (spec, id(packed[0]), id(packed[1]))
-    layer = _layers.get(key)
-    if layer is None or any(a is not b for a, b in zip(layer.packed, packed, strict=True)):
-        layer = native_layer(spec, packed)
-        _layers[key] = layer
-        if len(_layers) > _MOST_LAYERS:
-            _layers.popitem(last=False)
-    return layer
+    addresses = [t.data_ptr() for t in packed]
+    known = _structs.setdefault(packed[0], {})
+    if spec not in known or known[spec][1] != addresses:
+        known[spec] = (native_layer(spec, packed).struct, addresses)
+    return NativeLayer(spec, known[spec][0], tuple(packed))
 
 
 @dataclass(eq=False)

@@ -13,6 +13,7 @@ and over the read bandwidth measured between the same calls; ``of peak`` is over
 from __future__ import annotations
 
 import argparse
+import ctypes
 import json
 import os
 import platform
@@ -27,6 +28,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+from ktfx.cpu_kernels import library
 from ktfx.ops import experts_native as native
 from ktfx.ops.experts import ExpertsSpec, reference_experts
 from ktfx.ops.experts_cpu import activations_used, aten_experts, cpu_kernels_status
@@ -47,7 +49,7 @@ SHAPES = {
     "mixtral": Shape(4096, 14336, 8, 2),
 }
 FORMATS = ["model", "fp8", "int8", "int4", "int4+int8", "int4zp", "mxfp4"]  # "+int8": activations may be int8
-CLOCK = time.CLOCK_MONOTONIC  # --one-core: the thread's CPU time
+CLOCK = time.CLOCK_MONOTONIC  # --one-core: CPU time
 
 
 def now() -> float:
@@ -217,6 +219,61 @@ def transformers_contenders(shape: Shape, layers: list[dict[str, torch.Tensor]])
     return out
 
 
+def kt_contenders(shape: Shape, layers: list[dict[str, torch.Tensor]]) -> list[Contender]:
+    """kt-kernel's bf16 experts, where its wheel is installed (pip install --no-deps kt-kernel, and gguf)."""
+    try:
+        from kt_kernel import kt_kernel_ext as kt
+    except ImportError as error:
+        print(f"kt-kernel is left out: {error}", flush=True)
+        return []
+    made = getattr(kt.moe, "AMXBF16_MOE", None) or getattr(kt.moe, "AVX2BF16_MOE", None)
+    if made is None:
+        print("kt-kernel is left out: its build for this machine has no bf16 experts", flush=True)
+        return []
+    workers = kt.WorkerPoolConfig()
+    workers.subpool_count = 1
+    workers.subpool_numa_map = [0]
+    workers.subpool_thread_count = [native.lib().ktfx_threads()]
+    infer = kt.CPUInfer(workers)
+    on_gpu = torch.zeros(shape.experts, dtype=torch.bool)
+    order = torch.arange(shape.experts, dtype=torch.int64)
+    kept: list[object] = [on_gpu, order]
+    moes = []
+    for number, layer in enumerate(layers):
+        config = kt.moe.MOEConfig(shape.experts, shape.chosen, shape.hidden, shape.intermediate, on_gpu.data_ptr())
+        config.layer_idx = number
+        config.pool = infer.backend_
+        config.max_len = 1024
+        gate, up = layer["gate_up"].chunk(2, dim=1)
+        config.gate_projs = [[t.data_ptr() for t in gate]]
+        config.up_projs = [[t.data_ptr() for t in up]]
+        config.down_projs = [[t.data_ptr() for t in layer["down"]]]
+        moe = made(config)
+        infer.submit(moe.load_weights_task(order.data_ptr()))
+        infer.sync()
+        moes.append(moe)
+    kept += moes
+
+    def call(x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, layer: int) -> torch.Tensor:
+        out, count = torch.empty_like(x), torch.tensor([x.shape[0]], dtype=torch.int32)
+        infer.submit(
+            moes[layer].forward_task(
+                count.data_ptr(),
+                ids.shape[1],
+                ids.data_ptr(),
+                weights.data_ptr(),
+                x.data_ptr(),
+                out.data_ptr(),
+                False,
+            )
+        )
+        infer.sync()
+        return out
+
+    size = sum(t[0].nbytes for t in layers[0].values())
+    return [Contender(f"kt-kernel {made.__name__}", call, size, note="its own threads, which spin")]
+
+
 def aten_contender(shape: Shape, layers: list[dict[str, torch.Tensor]]) -> Contender:
     spec = spec_of(shape, "model")
     size = sum(t[0].nbytes for t in layers[0].values())
@@ -337,6 +394,72 @@ def packing(shape: Shape, weights: dict[str, torch.Tensor], formats: list[str]) 
     return out
 
 
+def breakdown(shape: Shape, weights: dict[str, torch.Tensor], formats: list[str], read: float) -> None:
+    """Where a call's time goes: one line for a format and a number of tokens, in microseconds, means of many calls.
+
+    outside: Python and the C call's own preparation. begin and wait: how late threads began, and how long they waited
+    for the last one, as means over the threads; idle: threads that took no task. GB/s: weights over the step's time.
+    """
+    lib = native.lib()
+    print(f"\nbreakdown, us a call (read {read / 1e9:.0f} GB/s, {lib.ktfx_threads()} threads, {huge_pages()})")
+    for fmt in formats:
+        spec = spec_of(shape, fmt)
+        packed = [native.pack(spec, weights) for _ in range(2)]
+        sums = (ctypes.c_double * library.PROFILE_SUMS)()
+        for tokens in (1, 4, 16):
+            sets = [inputs(shape, tokens, i) for i in range(7)]
+            active = [len(torch.unique(ids)) for _, ids, _ in sets]
+            rounds = max(8, min(100, int(0.5e9 / (active[0] * sum(p.shape[1] for p in packed[0][:2])) * 10)))
+            for i in range(3):
+                native.forward(spec, *sets[i], packed[i % 2])
+            lib.ktfx_profile(1, None)
+            start = time.monotonic()
+            for i in range(rounds):
+                native.forward(spec, *sets[i % 7], packed[i % 2])
+            whole = (time.monotonic() - start) / rounds * 1e6
+            lib.ktfx_profile(0, sums)
+            us = [s / max(1.0, sums[0]) * 1e6 for s in sums]
+            mean = statistics.mean(active[i % 7] for i in range(rounds))
+            rate = [mean * p.shape[1] / max(t, 1e-3) / 1e3 for p, t in zip(packed[0][:2], (us[2], us[6]), strict=True)]
+            print(
+                f"{fmt} {tokens}t {whole:.0f}: outside {whole - us[1] - us[2] - us[6] - us[10]:.0f}, sort {us[1]:.0f}, "
+                f"up {us[2]:.0f} ({rate[0]:.0f} GB/s, begin {us[3]:.0f} wait {us[4]:.0f} idle {us[5] / 1e6:.2f}), "
+                f"down {us[6]:.0f} ({rate[1]:.0f} GB/s, begin {us[7]:.0f} wait {us[8]:.0f} idle {us[9] / 1e6:.2f})",
+                flush=True,
+            )
+
+
+def huge_pages() -> str:
+    """How much of this process lies in huge pages, and what the kernel's setting is."""
+    try:
+        rollup = Path("/proc/self/smaps_rollup").read_text()
+        huge = next(int(line.split()[1]) for line in rollup.splitlines() if line.startswith("AnonHugePages"))
+        setting = Path("/sys/kernel/mm/transparent_hugepage/enabled").read_text().strip()
+        return f"{huge / 1e6:.1f} GB in huge pages, {setting}"
+    except (OSError, StopIteration):
+        return "huge pages not known"
+
+
+def sweep_ahead(shape: Shape, weights: dict[str, torch.Tensor]) -> None:
+    """How far ahead weights are best fetched; rounds take turns, medians."""
+    distances = (256, 512, 1024, 2048, 4096, 8192)
+    for fmt in ("model", "int8", "int4"):
+        spec = spec_of(shape, fmt)
+        packed = [native.pack(spec, weights) for _ in range(2)]
+        for tokens in (1, 16):
+            sets = [inputs(shape, tokens, i) for i in range(5)]
+            times: dict[int, list[float]] = {d: [] for d in distances}
+            for i in range(40 if tokens == 1 else 12):
+                for distance in distances:
+                    native.lib().ktfx_set_ahead(distance)
+                    start = now()
+                    native.forward(spec, *sets[i % 5], packed[i % 2])
+                    times[distance].append(now() - start)
+            found = ", ".join(f"{d} B {statistics.median(t) * 1e3:.2f}" for d, t in times.items())
+            print(f"{fmt} {tokens}t, ms by distance fetched ahead: {found}", flush=True)
+    native.lib().ktfx_set_ahead(0)
+
+
 def sweep_threads(shape: Shape, weights: dict[str, torch.Tensor]) -> None:
     """Where the machine has more logical CPUs than cores: which number of threads does better."""
     spec = spec_of(shape, "model")
@@ -385,13 +508,17 @@ def main() -> int:
     parser.add_argument("--formats", default=",".join(FORMATS))
     parser.add_argument("--seconds", type=float, default=0.0, help="time for one number of tokens")
     parser.add_argument("--no-transformers", action="store_true")
+    parser.add_argument("--kt", action="store_true", help="kt-kernel too, where its wheel is installed")
+    parser.add_argument("--no-sweeps", action="store_true", help="the table only")
     parser.add_argument("--one-core", action="store_true", help="one thread, CPU time: for a machine in use")
+    parser.add_argument("--layers", type=int, default=2, help="layers to rotate over")
     parser.add_argument("--json", default="", help="write the rows there")
     args = parser.parse_args()
     torch.set_grad_enabled(False)
     if args.one_core:
         global CLOCK
-        CLOCK = time.CLOCK_THREAD_CPUTIME_ID
+        # kt-kernel works on threads of its own, so with it all are counted.
+        CLOCK = time.CLOCK_PROCESS_CPUTIME_ID if args.kt else time.CLOCK_THREAD_CPUTIME_ID
         torch.set_num_threads(1)
         native.set_threads(1, 1)
     print(f"{platform.processor() or platform.machine()}, {os.cpu_count()} CPUs, torch {torch.__version__}")
@@ -410,10 +537,12 @@ def main() -> int:
     packs = {}
     for name in names:
         shape = SHAPES[name]
-        layers = [random_weights(shape, i) for i in range(2)]
+        layers = [random_weights(shape, i) for i in range(args.layers)]
         contenders = native_contenders(shape, layers, formats)
         if not args.no_transformers:
             contenders += [*transformers_contenders(shape, layers), aten_contender(shape, layers)]
+        if args.kt:
+            contenders += kt_contenders(shape, layers)
         x, ids, weights = inputs(shape, 2, 3)
         wide = {k: t.float() for k, t in layers[0].items()} if shape.experts * shape.hidden < 1 << 19 else None
         if wide is not None:
@@ -428,10 +557,14 @@ def main() -> int:
             print_rows(done, statistics.median(limits.read), statistics.median(limits.fma), matmul)
             rows += done
         if name == names[0]:
-            if amx and not args.one_core:
-                sweep_threads(shape, layers[0])
-                sweep_amx_rows(shape, layers[0])
             packs = packing(shape, layers[0], formats)
+            if not args.no_sweeps:
+                if amx and not args.one_core:
+                    sweep_threads(shape, layers[0])
+                    sweep_amx_rows(shape, layers[0])
+                sweep_ahead(shape, layers[0])
+                some = [f for f in ("model", "int8", "int4") if f in formats]
+                breakdown(shape, layers[0], some, statistics.median(limits.read))
         del contenders, layers, sink
     if args.json:
         data = {

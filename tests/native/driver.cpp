@@ -85,6 +85,21 @@ std::unique_ptr<Layer> make_layer(int E, int H, int I, int format, int group, bo
     }
     ktfx_place(packed, &m, E, down);
     CHECK(ktfx_pack(&m, sources.data(), E, packed, message) == KTFX_OK);
+    if (format <= KTFX_FMT_F16) {
+      const int64_t bytes = plain.size() * (bf16 || f16 ? 2 : 4);
+      std::vector<char> back(bytes, 1);
+      std::vector<ktfx_source> targets = sources;
+      for (int e = 0; e < E; ++e) targets[e].data = back.data() + e * (bytes / E);
+      CHECK(ktfx_restore(&m, packed, targets.data(), E, message) == KTFX_OK);
+      CHECK(memcmp(back.data(), sources[0].data, bytes) == 0);
+      uint64_t own[2], same[2], other[2];
+      CHECK(ktfx_hash(sources[0].data, bytes, own) == KTFX_OK && ktfx_hash(back.data(), bytes, same) == KTFX_OK);
+      back[bytes - 1] ^= 1;
+      CHECK(ktfx_hash(back.data(), bytes, other) == KTFX_OK);
+      CHECK(own[0] == same[0] && own[1] == same[1] && own[0] != other[0] && own[1] != other[1]);
+    } else {
+      CHECK(ktfx_restore(&m, packed, sources.data(), E, message) == KTFX_BAD_ARGUMENT);
+    }
     for (int e = 0; e < E; ++e)
       ktfx_unpack(&m, packed + e * m.tiles * m.tile_bytes, plain.data() + (int64_t)e * m.N * m.K);
   }
@@ -194,6 +209,19 @@ void check_errors() {
   CHECK(ktfx_experts(&in->call) == KTFX_BAD_ARGUMENT);
 }
 
+void check_profile() {
+  auto layer = make_layer(4, 64, 48, KTFX_FMT_INT8, 0, false);
+  auto in = make_inputs(*layer, 40, 2);
+  double sums[KTFX_PROFILE];
+  ktfx_profile(1, nullptr);
+  CHECK(ktfx_experts(&in->call) == KTFX_OK && ktfx_experts(&in->call) == KTFX_OK);
+  ktfx_profile(0, sums);
+  CHECK(sums[0] == 2 && sums[2] > 0 && sums[6] > 0 && sums[10] > 0);
+  CHECK(ktfx_experts(&in->call) == KTFX_OK);
+  ktfx_profile(0, sums);
+  CHECK(sums[0] == 0);
+}
+
 void check_threads() {
   auto layer = make_layer(4, 64, 48, KTFX_FMT_INT4, 32, false);
   std::vector<std::thread> threads;
@@ -251,6 +279,7 @@ int main(int argc, char** argv) {
   CHECK(ktfx_abi() == KTFX_ABI && ktfx_set_threads(3, 1) == KTFX_OK);
   check_formats();
   check_errors();
+  check_profile();
   check_threads();
   check_poller();
   if (argc < 2 || strcmp(argv[1], "--no-fork")) check_fork();  // ThreadSanitizer does not follow threads into a child
