@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import copy
 import warnings
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+import yaml
 from families import tiny_model
 from parity import DEVICES, compare, run_steps, static_cache
 from pass_runs import PassRun, run_passes
@@ -16,6 +18,11 @@ from torch import nn
 
 import ktfx
 from ktfx.budget import plan_weights
+from ktfx.debug.runtime import load_inputs, load_program, make_inputs
+from ktfx.debug.session import Setup
+from ktfx.debug.session import run as debug_run
+from ktfx.debug.trace_dir import read_traces
+from ktfx.debug.tracing import write_session
 from ktfx.errors import KtfxWarning, PlacementError
 from ktfx.lint import lint
 from ktfx.ops import load_ops
@@ -462,6 +469,22 @@ def test_released_weights() -> None:
     assert isinstance(model.model.layers[0].input_layernorm.weight, PlacedTensor)
     formats = {n: e.format for e in ktfx.state_of(model).store.entries() for n in e.names if e.device != "host"}
     assert formats["model.layers.0.mlp.up_proj.weight"] == "linear.triton:int4"
+
+
+def test_a_dumped_graph_packs_and_runs_again(tmp_path: Path) -> None:
+    torch._dynamo.reset()
+    file = tmp_path / "rules.yaml"
+    rules = linears("linear.triton", "int4")
+    file.write_text(yaml.safe_dump({**rules, "layers": {0: "gpu0"}}))
+    model = tiny_model("llama", layers=1)
+    session = debug_run(Setup(rules=str(file), simulate="cpu", phase="prefill", tokens=5), model)
+    write_session(session, tmp_path / "trace", save_inputs=True)
+    (trace,) = read_traces(tmp_path / "trace")
+    forward, declared = load_program(trace.passes[-1].folder / "after.py")
+    with torch.no_grad():
+        logits = list(forward(*make_inputs(declared, load_inputs(trace.folder / "inputs.pt"))))[-1]
+    assert "linear.triton" in (trace.passes[-1].folder / "after.py").read_text()
+    torch.testing.assert_close(logits[:, -1], session.outputs.logits[0], atol=1e-4, rtol=1e-4)
 
 
 # ---- KTransformers files
