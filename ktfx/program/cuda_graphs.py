@@ -8,9 +8,11 @@ that crosses between groups keeps its address from then on: transfers copy into 
 from __future__ import annotations
 
 import threading
+import traceback
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -183,7 +185,7 @@ class Recording:
         try:
             replay = recorder(run, group.device)
         except Exception as error:  # whatever a kernel that cannot be captured raises
-            self.left_out.append(f"{describe(group.steps[0])}: {type(error).__name__}: {str(error).splitlines()[0]}")
+            self.left_out.append(f"{describe(group.steps[0])}: {_told(error)}")
             for step in group.steps:
                 step.run(slots)
                 self._actions.append(self._again(step))
@@ -204,9 +206,26 @@ class Recording:
         def compute() -> None:
             step.run(slots)
             for slot, first in kept:
-                slots[slot] = first.copy_(slots[slot])
+                _apart(first).copy_(_apart(slots[slot]))
+                slots[slot] = first
 
         return compute
+
+
+def _apart(tensor: torch.Tensor) -> torch.Tensor:
+    """The entries that lie apart in memory: an expanded dimension is one entry, which can be written to."""
+    for dim, stride in enumerate(tensor.stride()):
+        if stride == 0 and tensor.shape[dim] > 1:
+            tensor = tensor.narrow(dim, 0, 1)
+    return tensor
+
+
+def _told(error: Exception) -> str:
+    """The error in a line, and the line of code that was running."""
+    frames = traceback.extract_tb(error.__traceback__)
+    said = str(error).strip().splitlines()
+    at = f" (at {Path(frames[-1].filename).name}:{frames[-1].lineno}: {frames[-1].line})" if frames else ""
+    return f"{type(error).__name__}: {said[0] if said else ''}{at}"
 
 
 def _transfer_again(step: Transfer, slots: list[Any]) -> Replay:

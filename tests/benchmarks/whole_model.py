@@ -76,6 +76,7 @@ def main() -> None:
     parser.add_argument("--contenders", nargs="+", default=list(CONTENDERS))
     parser.add_argument("--minutes", type=float, default=8.0, help="start nothing after so long")
     parser.add_argument("--profile", action="store_true", help="print the kernels of one ktfx step")
+    parser.add_argument("--reference", action="store_true", help="errors against an eager float32 run (memory ×3)")
     parser.add_argument("--tiny", action="store_true")
     args = parser.parse_args()
     start = time.perf_counter()
@@ -90,7 +91,7 @@ def main() -> None:
         shape = Shape(args.layers, batch, args.context, args.tiny)
         floor = step_bytes(model, shape) / bandwidth * 1e3
         print(f"batch {batch}, context {args.context}: roofline {floor:.3f} ms a step", flush=True)
-        reference = None
+        reference = exact(model, shape) if args.reference else None
         for contender in args.contenders:
             if time.perf_counter() - start > 60 * args.minutes:
                 print(f"  {contender:28} not started: time is up")
@@ -113,7 +114,7 @@ def report(name: str, model: Any, shape: Shape, floor: float, reference: Any, pr
             reference = logits
         else:
             error = float((logits - reference).norm() / reference.norm())
-            note = f"  differs from the first by {error:.1e}"
+            note = f"  off the reference (float32, or the first) by {error:.1e}"
         took = time.perf_counter() - began
         print(f"  {name:28} {ms:8.3f} ms  {floor / ms:5.0%} of the roofline  ({took:.0f} s){note}", flush=True)
         if profile and name.startswith("ktfx") and not shape.tiny:
@@ -129,6 +130,17 @@ def report(name: str, model: Any, shape: Shape, floor: float, reference: Any, pr
         if not shape.tiny:
             torch.cuda.empty_cache()
     return reference
+
+
+def exact(model: Any, shape: Shape) -> torch.Tensor:
+    """Logits (B, V) of the first decode step, by an eager float32 copy of the model."""
+    import copy
+
+    wide = copy.deepcopy(model).float()
+    ids = torch.arange(shape.context * shape.batch, device=shape.device).view(shape.batch, -1) % 997
+    cache = filled_cache(wide, ids, shape)
+    token = torch.full((shape.batch, 1), 5, device=shape.device)
+    return wide(input_ids=token, past_key_values=cache, use_cache=True).logits.float()[:, -1].clone()
 
 
 def make_model(layers: int, tiny: bool) -> Any:
@@ -150,10 +162,16 @@ def make_model(layers: int, tiny: bool) -> Any:
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.bfloat16)
     try:
-        with torch.device("cpu" if tiny else "cuda"):
-            return Qwen3MoeForCausalLM(config).eval()
+        with torch.device("meta"):
+            model = Qwen3MoeForCausalLM(config).eval()
     finally:
         torch.set_default_dtype(before)
+    device = torch.device("cpu" if tiny else "cuda")
+    model.to_empty(device=device)
+    model.model.rotary_emb = type(model.model.rotary_emb)(config).to(device)  # its table was on meta
+    for name, parameter in model.named_parameters():
+        parameter.fill_(1.0) if "norm" in name else parameter.normal_(0.0, 0.02)
+    return model
 
 
 def copy_bandwidth() -> float:
