@@ -165,7 +165,8 @@ def test_on_a_real_gpu(experts: str) -> None:
     expected = run_steps(model, ids, 20, static_cache(model, 40))
     ktfx.compile(model, rules)
     with warnings.catch_warnings():
-        warnings.simplefilter("error", ktfx.KtfxWarning)
+        # float32 through ATen's grouped_mm reads its offsets on the host: that part may be left out, and is said to be.
+        warnings.simplefilter("ignore" if experts == "experts.aten" else "error", ktfx.KtfxWarning)
         actual = run_steps(model, ids, 20, static_cache(model, 40), forced=expected.tokens)
     compare(actual, expected, 1e-3)
     program = ktfx.state_of(model).graphs[-1].built.program
@@ -181,3 +182,19 @@ def test_a_recording_is_stale_once_constants_were_filled_anew() -> None:
     assert recording.run([]) is not None
     program.generation += 1
     assert recording.run([]) is None
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_checkpoint_loaded_straight_to_a_real_gpu_and_the_host() -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from ktfx.demo import demo_model_path
+
+    path = demo_model_path()
+    ids = AutoTokenizer.from_pretrained(path)("Return the", return_tensors="pt").input_ids
+    want = AutoModelForCausalLM.from_pretrained(path).eval().generate(ids, max_new_tokens=24, do_sample=False)
+    model = ktfx.from_pretrained(path, "generic-1gpu")
+    assert torch.equal(model.generate(ids, max_new_tokens=24, do_sample=False), want)
+    sizes = ktfx.state_of(model).store.bytes_by_device()
+    assert sizes["gpu0"] > 0 and sizes["host"] > 0
