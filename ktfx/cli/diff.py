@@ -11,6 +11,7 @@ from rich.syntax import Syntax
 from rich.table import Table
 
 from ktfx.cli.common import Debug, Json, guarded, print_json, stdout
+from ktfx.errors import OptionError
 
 
 @guarded
@@ -33,6 +34,10 @@ def diff(
         comparisons = compare_traces(read_traces(first), read_traces(Path(second)), phase)
     else:
         traces = [t for t in read_traces(first) if phase in (None, t.label)]
+        if not traces:
+            raise OptionError(
+                f"the trace has no graph {phase!r}", expected=", ".join(t.label for t in read_traces(first))
+            )
         comparisons = [compare_pass(trace, find_pass(trace, second)) for trace in traces]
     if as_json:
         return print_json({"comparisons": [c.to_json(with_text=text) for c in comparisons]})

@@ -10,6 +10,7 @@ from rich.table import Table
 
 from ktfx.cli.common import Debug, Exit, Json, guarded, print_json, stdout
 from ktfx.cli.debug_options import Dtype, Layers, ModelArgument, Phase, RulesOption, Seed, Simulate, Tiny, Tokens
+from ktfx.errors import OptionError
 
 Tolerance = Annotated[
     float | None,
@@ -44,13 +45,18 @@ def numerics(
     from ktfx.debug.replay import Replay
     from ktfx.debug.session import Setup, run_unrewritten
 
+    if tolerance is not None and not tolerance > 0:
+        raise OptionError(f"--tolerance {tolerance:g}", expected="a number above 0")
     session = run_unrewritten(Setup(model, rules, simulate, layers, tiny, dtype, tokens, phase, seed=seed))
     replays = [Replay.of(session.state, g) for g in session.state.graphs]
     reports = tool.run_numerics(replays, tolerance, reference, session.graphs)
     if plot is not None:
         for number, (_, report) in enumerate(reports):
             path = plot if number == 0 else plot.with_stem(f"{plot.stem}-{number + 1}")
-            path.write_text(tool.plot(report), encoding="utf-8")
+            try:
+                path.write_text(tool.plot(report), encoding="utf-8")
+            except OSError as error:
+                raise OptionError(f"--plot {path} cannot be written: {error}") from None
     if as_json:
         print_json({"graphs": [{"phase": name, **report.to_json()} for name, report in reports]})
     else:
@@ -68,19 +74,24 @@ def _show(phase: str, report: Any, every: bool) -> None:
     console = stdout()
     rows = report.borders if every else summary_rows(report)
     table = Table(title=f"{phase}: relative error against {report.reference}", title_justify="left", box=None)
-    table.add_column("leaves", overflow="fold")
-    for column in report.columns:
+    table.add_column("leaves", overflow="fold", min_width=32)
+    # A pass that moves no error says nothing that the column before it does not.
+    shown = [c for i, c in enumerate(report.columns) if i == 0 or c.errors != report.columns[i - 1].errors]
+    for column in shown:
         table.add_column(column.name, justify="right")
     table.add_column("allowed", justify="right", style="dim")
     for border in rows:
         allowed = report.tolerances[border.key]
         cells = []
-        for column in report.columns:
+        for column in shown:
             error = column.errors.get(border.key)
             text = "–" if error is None else f"{error:.1e}"
             cells.append(f"[red]{text}[/red]" if error is not None and error > allowed else text)
         table.add_row(border.key, *cells, f"{allowed:.0e}")
     console.print(table)
+    same = [c.name for c in report.columns if c not in shown and c.failed is None]
+    if same:
+        console.print(f"[dim]as in the column before: {', '.join(same)}[/dim]", soft_wrap=True)
     if len(rows) < len(report.borders):
         console.print(f"[dim]{len(report.borders) - len(rows)} more borders: --all[/dim]")
     if report.fallbacks:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -24,6 +25,15 @@ from ktfx.cli.debug_options import (
 from ktfx.errors import OptionError
 
 Output = Annotated[Path, typer.Option("--output", "-o", metavar="DIR", help="A directory that does not exist yet.")]
+
+
+def _check_output(path: Path) -> None:
+    """What is wrong with it should be said before the model runs."""
+    if path.exists():
+        raise OptionError(f"{path} exists", expected="a directory that does not", mend="give -o another name")
+    above = next(p for p in (path.absolute().parent, *path.absolute().parents) if p.exists())
+    if not above.is_dir() or not os.access(above, os.W_OK):
+        raise OptionError(f"{above} cannot be written to", mend="give -o a name elsewhere")
 
 
 @guarded
@@ -50,8 +60,7 @@ def repro(
     from ktfx.debug.repro import failure_of, write_repro
     from ktfx.debug.session import Setup
 
-    if output.exists():
-        raise OptionError(f"{output} exists", expected="a directory that does not", mend="give -o another name")
+    _check_output(output)
     setup = Setup(model, rules, simulate, layers, tiny, dtype, tokens, phase, backend, seed, verify)
     with tempfile.TemporaryDirectory() as folder:
         found = failure_of(setup, Path(folder) / "graphs", inputs)
@@ -104,8 +113,7 @@ def reduce(
 
     found = read_repro(directory)
     output = output or directory.with_name(directory.name + "-reduced")
-    if output.exists():
-        raise OptionError(f"{output} exists", mend="give -o another name")
+    _check_output(output)
     pattern = match or found.pattern
     try:
         re.compile(pattern)

@@ -13,6 +13,8 @@ from ktfx.cli.common import Debug, Json, guarded, print_json, stdout
 from ktfx.cli.debug_options import Backend, Dtype, Layers, ModelArgument, Phase, RulesOption, Simulate, Tiny, Tokens
 from ktfx.errors import OptionError
 
+_MOST_PARTS = 6
+
 
 @guarded
 def stats(
@@ -84,7 +86,9 @@ def _why(miss: dict[str, Any], against: Path | None) -> str:
     where = "an earlier lookup of this run" if miss["this_run"] else str(against or "an earlier run")
     if not miss["differs_in"]:
         return f"{where} had this very key: its entry is gone"
-    return f"the nearest key, of {where}, differs in " + ", ".join(d["part"] for d in miss["differs_in"])
+    parts = [d["part"] for d in miss["differs_in"]]
+    more = f" and {len(parts) - _MOST_PARTS} more parts" if len(parts) > _MOST_PARTS else ""
+    return f"the nearest key, of {where}, differs in " + ", ".join(parts[:_MOST_PARTS]) + more
 
 
 def _earlier(path: Path) -> list[Any]:

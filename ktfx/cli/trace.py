@@ -48,8 +48,10 @@ def trace(
 ) -> None:
     """Write one folder per pass: before.py and after.py (programs that run), graph.diff and report.json."""
     from ktfx.debug.session import Setup, run
+    from ktfx.debug.trace_dir import written_before
     from ktfx.debug.tracing import write_session
 
+    written_before(output)  # what is wrong with it should be said before the model runs
     session = run(Setup(model, rules, simulate, layers, tiny, dtype, tokens, phase, backend, seed, timeline=timeline))
     summary = write_session(session, output, save_inputs=inputs, command=["ktfx", *sys.argv[1:]])
     if as_json:

@@ -102,6 +102,12 @@ def bisect(oracle: Oracle, progress: Callable[[Probe], None] | None = None) -> F
             expected="a failing command, or an error above the tolerance",
             mend="lower --tolerance, or give the command that fails",
         )
+    if not everything.passes and not everything.rewrites:
+        raise OptionError(
+            f"it is wrong ({everything.why}), but no optional pass or rewrite was counted",
+            expected="a run that compiles a model with ktfx, with rewrites to leave out",
+            mend="look at what it prints with KTFX_BISECT_LIMIT=1000000; `ktfx pipeline RULES` shows its passes",
+        )
     nothing = ask(0, 0)
     if not nothing.good:
         return Found(None, nothing.why, None, None, everything.rewrites, probes)
@@ -277,6 +283,9 @@ def _counted(text: str) -> tuple[int, dict[int, str]]:
 def command_oracle(command: Sequence[str], timeout: float | None = None) -> Oracle:
     """Good is exit code 0. The command must compile with ktfx in its own process and leave its stdout readable."""
 
+    if not command:
+        raise OptionError("the command is empty", mend="--command 'python check.py', where exit code 0 is good")
+
     def oracle(limit: int | None, passes: int | None) -> Verdict:
         environment = dict(os.environ)
         # Every run is limited, if only by a number none reaches: that makes ktfx print and count its rewrites.
@@ -289,7 +298,9 @@ def command_oracle(command: Sequence[str], timeout: float | None = None) -> Orac
         except subprocess.TimeoutExpired:
             return Verdict(False, f"no answer in {timeout:g} s", 0, 0)
         except OSError as error:
-            raise OptionError(f"cannot run {command[0]!r}: {error}", mend="give the command after `--`") from None
+            raise OptionError(
+                f"cannot run {command[0]!r}: {error}", mend="give a program, e.g. --command 'python check.py'"
+            ) from None
         rewrites, described = _counted(done.stdout + done.stderr)
         passes_seen = max((-n for n in described if n < 0), default=0)
         return Verdict(done.returncode == 0, f"exit code {done.returncode}", passes_seen, rewrites, described)

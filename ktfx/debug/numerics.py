@@ -7,6 +7,7 @@ of the captured graph in the model's dtype, so that a near tie between two exper
 from __future__ import annotations
 
 import contextlib
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from math import isfinite, log10
@@ -193,7 +194,7 @@ class _Borders:
                 continue
             name = written.get(index)
             source = context.captured.inputs[name].name if name is not None else ""
-            label = f"written to {source}" if name is not None else f"output {index - len(written)}"
+            label = f"written to {_readable(source)}" if name is not None else f"output {index - len(written)}"
             found.append((Border(label, info(value).module, value.name), index))
         return found
 
@@ -242,6 +243,12 @@ class _Borders:
                     (module, a.name): b.name for a, b in zip(gone, new, strict=True) if _elements(a) == _elements(b)
                 }
         return result
+
+
+def _readable(source: str) -> str:
+    """``L['kwargs']['past_key_values'].layers[0].keys`` → ``past_key_values.layers[0].keys``."""
+    text = re.sub(r"^L\['(?:self|kwargs)'\]\.?", "", source)
+    return re.sub(r"\['([^']*)'\]", r".\1", re.sub(r"^L\['([^']*)'\]", r"\1", text)).lstrip(".")
 
 
 def _note(errors: dict[str, float], key: str, value: Any, wanted: Any) -> None:

@@ -217,7 +217,10 @@ def _edited(case: Case, edit: Callable[[fx.Graph, dict[str, fx.Node]], Any]) -> 
     added = edit(gm.graph, {n.name: n for n in gm.graph.nodes})
     if added is None:
         return None
-    gm.graph.eliminate_dead_code()
+    for node in reversed(gm.graph.nodes):
+        # Not fx's own: it keeps every op that may draw random numbers, attention among them.
+        if node.op == "call_function" and not node.users:
+            gm.graph.erase_node(node)
     inputs = {**case.captured.inputs, **added}
     for node in placeholders(gm.graph):
         if not node.users:

@@ -118,24 +118,24 @@ def key_differences(before: CacheLookup, after: CacheLookup) -> list[KeyDifferen
 
 
 def missed_because(now: Sequence[CacheLookup], then: Sequence[CacheLookup]) -> list[dict[str, Any]]:
-    """For each miss of now: the nearest key that an earlier run, or an earlier lookup of this one, had; what differs.
+    """For each miss of now: the same key earlier in this run, or the nearest of earlier runs, and what differs.
 
     nearest is None where there is nothing to compare with; differs_in is empty where the key itself was known, so that
     its entry is gone.
     """
     result = []
     for number, lookup in enumerate(now):
-        known = [*then, *now[:number]]
         if lookup.outcome != "miss":
             continue
-        nearest = min(known, key=lambda old: len(key_differences(old, lookup)), default=None)
+        same = next((old for old in now[:number] if old.key == lookup.key), None)
+        nearest = same or min(then, key=lambda old: len(key_differences(old, lookup)), default=None)
         differences = [asdict(d) for d in key_differences(nearest, lookup)] if nearest is not None else []
         result.append(
             {
                 "lookup": number,
                 "key": lookup.key,
                 "nearest": nearest.key if nearest is not None else None,
-                "this_run": nearest is not None and not any(old is nearest for old in then),
+                "this_run": same is not None,
                 "differs_in": differences,
             }
         )

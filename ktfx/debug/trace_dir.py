@@ -264,7 +264,7 @@ def write_trace(
     tensors: file name → tensors, e.g. ``inputs.pt``.
     """
     tensors = tensors or {}
-    ours = _written_before(directory)
+    ours = written_before(directory)
     for name in (*files, *tensors):
         if (directory / name).exists() and name not in ours:
             raise OptionError(
@@ -290,7 +290,8 @@ def write_trace(
     return written
 
 
-def _written_before(directory: Path) -> set[str]:
+def written_before(directory: Path) -> set[str]:
+    """The files that an earlier trace wrote there. OptionError if the directory is a file."""
     if directory.exists() and not directory.is_dir():
         raise OptionError(f"{directory} is a file", expected="a directory", mend="give -o a directory")
     try:
