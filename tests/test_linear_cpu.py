@@ -97,6 +97,7 @@ def test_the_weight_is_the_one_of_the_other_kernels() -> None:
 
 @native
 def test_int8_activations_are_asked_for() -> None:
+    torch.manual_seed(0)
     x, weight = torch.randn(6, 256), torch.randn(64, 256)
     errors = []
     for activations in ("model", "int8"):
@@ -111,6 +112,7 @@ def test_int8_activations_are_asked_for() -> None:
 
 @native
 def test_leading_dimensions_strides_and_no_rows() -> None:
+    torch.manual_seed(0)
     spec = LinearSpec(48, 24, "int8")
     packed = KERNEL.pack(spec, torch.randn(24, 48), CPU)
     x = torch.randn(2, 3, 96)[..., :48]

@@ -47,13 +47,14 @@ def exactly(weight: QuantizedWeight, want_NK: torch.Tensor) -> None:
     load_ops()
     assert torch.equal(dequantize(weight), want_NK.float())
     spec = LinearSpec(weight.shape[1], weight.shape[0], format_name(parse_format(weight.format)[0], weight.group))
-    x = torch.randn(3, weight.shape[1])
+    x = torch.randn(3, weight.shape[1], generator=torch.Generator().manual_seed(0))
     for name in ("reference", "triton", "cpu"):
         kernel = linear_kernel(name)
         packed = kernel.pack(spec, weight, CPU)
         assert torch.equal(kernel.dequantised(spec, packed).float(), want_NK.float()), name
         got = linear_quant(x, packed, None, name, spec.encode())
-        assert torch.allclose(got.double(), x.double() @ want_NK.double().t(), rtol=1e-3, atol=1e-3)
+        exact = x.double() @ want_NK.double().t()
+        assert float((got.double() - exact).norm() / exact.norm()) < 1e-4, name  # the host's kernel rounds x to int16
 
 
 @pytest.mark.parametrize("group", [32, 64, 128, 256])
