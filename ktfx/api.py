@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import threading
 import warnings
 import weakref
 from collections.abc import Callable
@@ -14,15 +15,19 @@ import torch
 from torch import nn
 
 from ktfx.backend import compile_graph
+from ktfx.bad_calls import reason_for_failure, refuse_bad_shapes
 from ktfx.cache import place_cache
+from ktfx.copies import leave_out_of_copies, stop_leaving_out
 from ktfx.debug.watch import repro_directory
 from ktfx.direct import MAX_FORMS, DirectCall, can_be_called_directly, form_of, note_call, notes_of
 from ktfx.dynamo_access import with_own_code
 from ktfx.errors import CaptureError, KtfxError, KtfxWarning, OptionError
+from ktfx.generation import generate_with_callers_cache
 from ktfx.graph_breaks import first_line, refuse_break_inside_layer
 from ktfx.options import CompileOptions, RulesSource, parse_options
 from ktfx.state import ModelState, forget, model_state, states_of
 from ktfx.stored_linears import adopt, give_up
+from ktfx.watch import ModuleWatch, watch_modules
 
 _ATTRIBUTE = "_ktfx_compiled"
 RECOMPILE_LIMIT = 64
@@ -36,9 +41,20 @@ class Compiled:
     options: CompileOptions
     state: ModelState
     forward: Callable[..., Any]
+    watch: ModuleWatch
     cache_implementation: Any = None
     disable_compile: Any = None
     set_generation: bool = False
+    wraps_generate: bool = False
+
+    def attributes(self) -> tuple[str, ...]:
+        """Names of the model's instance attributes that are ktfx's."""
+        return ("forward", "generate") if self.wraps_generate else ("forward",)
+
+    def generation_settings(self) -> dict[str, Any]:
+        """The model's own generation settings, of those that ktfx changed."""
+        names = ("cache_implementation", "disable_compile") if self.set_generation else ()
+        return {name: getattr(self, name) for name in names}
 
 
 def compile(
@@ -79,7 +95,8 @@ def compile(
         )
     state = model_state(model, parsed, _device_of(model))
     original = with_own_code(model.forward)
-    compiled = Compiled(parsed, state, model.forward)
+    own_forward = model.__dict__.get("forward")
+    compiled = Compiled(parsed, state, model.forward, watch_modules(model))
     # torch ≥ 2.11 has the filter; placed parameters cost 5 ms of guards a call without it, and plain ones 0.3 ms.
     # Whole graphs first: Dynamo then says where a break is instead of cutting the model in silence.
     backend = _Backend(weakref.ref(model), parsed)
@@ -94,7 +111,7 @@ def compile(
     pieces = torch.compile(original, backend=backend, dynamic=dynamic)
     checked = parsed.verify or parsed.keep_graphs or repro_directory(parsed) is not None
     direct = direct_calls and not checked and can_be_called_directly(model)
-    model.forward = _wrap(model, original, whole, pieces, state, direct)
+    model.forward = _wrap(model, original, whole, pieces, compiled, direct)
     generation = getattr(model, "generation_config", None)
     if generation is not None and cache is not None:
         compiled.cache_implementation = generation.cache_implementation
@@ -103,8 +120,13 @@ def compile(
         if generation.cache_implementation is None:
             generation.cache_implementation = cache
         generation.disable_compile = True  # generate() would compile the compiled forward again
+        if "generate" not in model.__dict__ and hasattr(type(model), "generate"):
+            model.__dict__["generate"] = generate_with_callers_cache(model, compiled.cache_implementation)
+            compiled.wraps_generate = True
     adopt(model)
     object.__setattr__(model, _ATTRIBUTE, compiled)
+    own = {} if own_forward is None else {"forward": own_forward}
+    leave_out_of_copies(model, (_ATTRIBUTE, *compiled.attributes()), own, compiled.generation_settings())
     if release_host:
         from ktfx.release import release_host_copies
 
@@ -133,11 +155,16 @@ def _wrap(
     original: Callable[..., Any],
     whole: Callable[..., Any],
     pieces: Callable[..., Any],
-    state: ModelState,
+    record: Compiled,
     direct_calls: bool,
 ) -> Callable[..., Any]:
-    """The forward that callers see: places the cache, runs the compiled graph, turns torch's errors into ktfx's."""
+    """The forward that callers see: places the cache, runs the compiled graph, turns torch's errors into ktfx's.
+
+    Threads take turns: a program has one set of buffers, and a call may have to compile.
+    """
+    state, watch = record.state, record.watch
     logical = _device_of(model)
+    turn = threading.RLock()
     self_ref = weakref.ref(model)
     in_pieces = False
     shapes: dict[Any, Any] = {}
@@ -148,6 +175,21 @@ def _wrap(
 
     @functools.wraps(original)
     def forward(*args: Any, **kwargs: Any) -> Any:
+        with turn:
+            try:
+                return answer(args, kwargs)
+            except KtfxError:
+                raise
+            except Exception as error:
+                reason = reason_for_failure(model_of(), original, args, kwargs)
+                if reason is None:
+                    raise
+                raise reason from error
+
+    def answer(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        watch.refuse_replaced()
+        if model_of().training:
+            raise CaptureError("the model was put in training mode after it was compiled", mend="call model.eval()")
         form = (form_of(args, kwargs), _settings(model_of())) if direct_calls and not in_pieces else None
         if form is None or form[0] is None:
             return compiled(args, kwargs)
@@ -188,6 +230,7 @@ def _wrap(
         return owner
 
     def compiled(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        refuse_bad_shapes(original, args, kwargs)
         cache = kwargs.get("past_key_values")
         if cache is not None:
             place_cache(cache, model_of(), original, args, kwargs, state.resolution, state.devices, logical, shapes)
@@ -248,7 +291,10 @@ def restore(model: nn.Module) -> nn.Module:
     compiled: Compiled | None = getattr(model, _ATTRIBUTE, None)
     if compiled is None:
         return model
-    model.__dict__.pop("forward", None)
+    compiled.watch.end()
+    stop_leaving_out(model)
+    for name in compiled.attributes():
+        model.__dict__.pop(name, None)
     if getattr(model.forward, "__func__", None) is not getattr(compiled.forward, "__func__", None):
         model.forward = compiled.forward  # the instance had a forward of its own
     if compiled.set_generation:

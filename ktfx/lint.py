@@ -122,20 +122,21 @@ def _unused_devices(ruleset: Ruleset) -> list[Finding]:
 def _unknown_passes(ruleset: Ruleset) -> list[Finding]:
     if not ruleset.passes:
         return []
-    from ktfx.pass_manager import registered_passes
+    from ktfx.pass_manager import build_pipeline, registered_passes
 
     known = registered_passes()
-    return [
-        Finding(
-            "error",
-            "unknown-pass",
-            f"no pass named {request.name!r}",
-            request.origin,
-            mend=did_you_mean(request.name, known) or "name one of " + ", ".join(sorted(known)),
-        )
-        for request in ruleset.passes
-        if request.name not in known
-    ]
+    found = []
+    for request in ruleset.passes:
+        if request.name not in known:
+            what = f"no pass named {request.name!r}"
+            mend = did_you_mean(request.name, known) or "name one of " + ", ".join(sorted(known))
+            found.append(Finding("error", "unknown-pass", what, request.origin, mend=mend))
+            continue
+        try:
+            build_pipeline([request])
+        except RuleError as error:
+            found.append(Finding("error", "invalid", error.what, request.origin, mend=f"use {error.expected}"))
+    return found
 
 
 def _second_transfer_map(ruleset: Ruleset) -> list[Finding]:

@@ -16,12 +16,15 @@ from torch import nn
 
 from ktfx.budget import check_budget
 from ktfx.devices import DeviceMap, device_map
-from ktfx.errors import KtfxError, WeightError
+from ktfx.errors import KtfxError, OptionError, WeightError
 from ktfx.linear_rules import only_packed
 from ktfx.options import RulesSource, parse_options
 from ktfx.resolve import Resolution, resolve
 from ktfx.ruleset import load_ruleset
 from ktfx.state import default_rules, name_of_logical
+
+# Arguments that ktfx.compile names; the rest are CompileOptions.
+_OF_COMPILE = ("cache", "release_host", "dynamic", "direct_calls")
 
 
 def from_pretrained(
@@ -49,10 +52,18 @@ def from_pretrained(
 
     directory = check_checkpoint(path)
     cls = model_class or AutoModelForCausalLM
-    compile_options = {k: options.pop(k) for k in ("cache", "release_host", "dynamic") if k in options}
+    compile_options = {k: options.pop(k) for k in _OF_COMPILE if k in options}
     compile_options.setdefault("release_host", "exact")
     parsed = parse_options({"rules": rules, **options})
-    config = AutoConfig.from_pretrained(directory)
+    try:
+        config = AutoConfig.from_pretrained(directory, local_files_only=True)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise WeightError(
+            f"{directory}/config.json cannot be read: {first}",
+            expected="a config.json of a model type that transformers knows",
+            mend="fetch the file again, or install a transformers that has this model",
+        ) from error
     load_ops()
     with torch.device("meta"):
         skeleton = cls.from_config(config, dtype=_dtype(dtype, config)).eval()
@@ -90,7 +101,10 @@ def check_checkpoint(path: str | Path) -> Path:
         _check_safetensors(file)
     index = directory / "model.safetensors.index.json"
     if index.is_file():
-        named = set(json.loads(index.read_text())["weight_map"].values())
+        try:
+            named = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise WeightError(f"{index} is no index of weights: {error!r}", mend="download the file again") from None
         missing = sorted(named - {f.name for f in files})
         if missing:
             raise WeightError(f"{directory} lacks {len(missing)} of its weight files: {', '.join(missing[:3])}")
@@ -112,9 +126,9 @@ def _check_safetensors(file: Path) -> None:
             )
         try:
             header = json.loads(stream.read(length))
-        except ValueError as error:
-            raise WeightError(f"{file} has a broken header: {error}", mend="download the file again") from None
-    end = max((e["data_offsets"][1] for n, e in header.items() if n != "__metadata__"), default=0)
+            end = max((int(e["data_offsets"][1]) for n, e in header.items() if n != "__metadata__"), default=0)
+        except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
+            raise WeightError(f"{file} has a broken header: {error!r}", mend="download the file again") from None
     if 8 + length + end != size:
         raise WeightError(
             f"{file} is truncated: {size} bytes, its header tells of {8 + length + end}", mend="download the file again"
@@ -126,7 +140,10 @@ def _dtype(dtype: torch.dtype | str, config: Any) -> torch.dtype:
         return dtype
     if dtype == "auto":
         return getattr(config, "dtype", None) or torch.float32
-    return getattr(torch, dtype)
+    found = getattr(torch, dtype, None)
+    if not isinstance(found, torch.dtype):
+        raise OptionError(f"dtype={dtype!r}", expected="'auto', or a dtype such as torch.bfloat16 or 'bfloat16'")
+    return found
 
 
 def _load(

@@ -179,7 +179,9 @@ def register_pass(cls: type[Pass]) -> type[Pass]:
 def registered_passes() -> dict[str, type[Pass]]:
     """Every pass by name: those of ``ktfx.passes`` and those that installed packages provide."""
     import ktfx.passes
+    from ktfx.ops import load_ops
 
+    load_ops()  # the passes name ktfx's own ops when they are imported
     for module in pkgutil.iter_modules(ktfx.passes.__path__):
         importlib.import_module(f"ktfx.passes.{module.name}")
     for entry in entry_points(group="ktfx.passes"):
@@ -331,7 +333,7 @@ def _pass_allowed(name: str, context: PassContext) -> bool:
 
 
 def copy_graph(gm: fx.GraphModule) -> fx.GraphModule:
-    """A copy whose nodes share their meta's values with the original's; its Python code is made when first asked for."""
+    """A copy whose nodes share their meta's values with the original's; Python code is made when first asked for."""
     graph = fx.Graph()
     env: dict[fx.Node, fx.Node] = {}
     output = graph.graph_copy(gm.graph, env)

@@ -15,7 +15,7 @@ from ktfx.devices import DeviceMap, device_map, written_device
 from ktfx.errors import KtfxWarning
 from ktfx.options import CompileOptions
 from ktfx.pack_cache import PackCache
-from ktfx.pass_manager import PassContext, PassRecord, RunCount
+from ktfx.pass_manager import PassContext, PassRecord, RunCount, build_pipeline
 from ktfx.program.build import BuiltProgram
 from ktfx.program.program import CallLog
 from ktfx.resolve import Resolution, resolve
@@ -94,6 +94,7 @@ def model_state(model: nn.Module, options: CompileOptions, logical: torch.device
         from ktfx.ops import load_ops
 
         load_ops()
+        build_pipeline(ruleset.passes)  # a pass that does not exist is said now, not after tracing
         check_budget(model, resolution, devices, options.memory, logical_name)
         unbuilt = check_ops(resolution)
         cache = PackCache(Path(options.pack_cache)) if options.pack_cache is not None else None

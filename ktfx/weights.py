@@ -30,6 +30,10 @@ class PackedWeight:
     index: int
 
 
+# A weight's name, which tensor it was and where its data lay, and its write counter: as they were when it was copied.
+Stamp = tuple[str, tuple[int, int], int]
+
+
 @dataclass
 class StoredWeight:
     """A physical copy. ``owned`` is False where it is the model's own tensor; ``request`` is None for a parameter as it
@@ -40,7 +44,7 @@ class StoredWeight:
     format: str
     tensors: list[torch.Tensor]
     owned: bool
-    sources: list[tuple[str, int, int]] = field(default_factory=list)
+    sources: list[Stamp] = field(default_factory=list)
     request: WeightRequest | None = None
 
     @property
@@ -51,6 +55,11 @@ class StoredWeight:
 def version_of(tensor: torch.Tensor) -> int:
     """The tensor's write counter; 0 where torch keeps none (inference tensors)."""
     return 0 if tensor.is_inference() else tensor._version
+
+
+def address_of(tensor: torch.Tensor) -> int:
+    """Where the tensor's data lie: ``p.data = …`` and ``model.to(…)`` change it and no counter. 0 for wrappers."""
+    return tensor.data_ptr() if type(tensor) in (nn.Parameter, torch.Tensor) else 0
 
 
 class WeightStore:
@@ -119,7 +128,7 @@ class WeightStore:
     def plain(self, name: str, device: str) -> torch.Tensor:
         """The weight in the model's own dtype on a device name."""
         key = (self.canonical(name), device, "model")
-        entry = self._entries.get(key)
+        entry = self._current(key)
         if entry is None:
             source = self.tensor(name)
             own = _own_place(source, self.logical_name) == device and not isinstance(source, ReleasedTensor)
@@ -133,7 +142,7 @@ class WeightStore:
         """The tensors of a request on a device name; made at the first request."""
         key = self._key(request, device)
         names = tuple(self.canonical(n) for _, n in request.parts)
-        entry = self._entries.get(key)
+        entry = self._current(key)
         if entry is None:
             entry = StoredWeight(names, device, request.format, self._pack(request, device), owned=True)
             entry.sources = [self._stamp(n) for _, n in request.parts]
@@ -167,20 +176,26 @@ class WeightStore:
         names = "|".join(self.canonical(n) for _, n in request.parts)
         return (names, device, f"{request.kernel}:{request.spec_text}")
 
+    def _current(self, key: tuple[str, str, str]) -> StoredWeight | None:
+        """The entry, renewed if its parameter changed since: a graph compiled later must not find the old numbers."""
+        entry = self._entries.get(key)
+        if entry is not None and any(self._stamp(n) != (n, i, v) for n, i, v in entry.sources):
+            self.refresh([n for n, _, _ in entry.sources])
+        return entry
+
     def _pack(self, request: WeightRequest, device: str) -> list[torch.Tensor]:
         return self.pack_of(request, {}, device)
 
-    def _stamp(self, name: str) -> tuple[str, int, int]:
+    def _stamp(self, name: str) -> Stamp:
         tensor = self.tensor(name)
-        return (name, id(tensor), version_of(tensor))
+        return (name, (id(tensor), address_of(tensor)), version_of(tensor))
 
     def changed(self) -> list[str]:
         """Names whose parameter was replaced or written to since it was placed."""
         seen: dict[str, bool] = {}
         for entry in self._entries.values():
-            for name, identity, version in entry.sources:
-                tensor = self.tensor(name)
-                seen[name] = seen.get(name, False) or id(tensor) != identity or version_of(tensor) != version
+            for stamp in entry.sources:
+                seen[stamp[0]] = seen.get(stamp[0], False) or self._stamp(stamp[0]) != stamp
         return [name for name, is_changed in seen.items() if is_changed]
 
     def refresh(self, names: list[str] | None = None) -> int:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from ktfx.placed_tensor import PlacedTensor
-from ktfx.weights import PackedWeight, WeightStore, version_of
+from ktfx.weights import PackedWeight, WeightStore, address_of, version_of
 
 
 @dataclass
@@ -80,6 +80,7 @@ class WriteBack:
 
 
 _VERSION = attrgetter("_version")
+SAMPLES = 8
 
 Step = Compute | Transfer | Size | WriteBack
 
@@ -199,8 +200,12 @@ class Program:
     _bound_indexes: list[int] = field(default_factory=list)
     _bound_tensors: list[torch.Tensor] = field(default_factory=list)
     _bound_versions: list[int] = field(default_factory=list)
+    _bound_addresses: list[int] = field(default_factory=list)
     _counted: list[torch.Tensor] = field(default_factory=list)
     _counted_versions: list[int] = field(default_factory=list)
+    # A model that was converted (``.to``, ``.half``) has all its weights elsewhere: a few tell.
+    _samples: list[torch.Tensor] = field(default_factory=list)
+    _sample_addresses: list[int] = field(default_factory=list)
     timeline: list[tuple[str, float, float]] | None = None
 
     def __post_init__(self) -> None:
@@ -224,8 +229,11 @@ class Program:
         self._bound_indexes = [b.index for b in self.bound]
         self._bound_tensors = [b.tensor for b in self.bound]
         self._bound_versions = [version_of(t) for t in self._bound_tensors]
+        self._bound_addresses = list(map(address_of, self._bound_tensors))
         self._counted = [t for t in self._bound_tensors if not t.is_inference()]
         self._counted_versions = [t._version for t in self._counted]
+        self._samples = self._bound_tensors[:: max(1, len(self._bound_tensors) // SAMPLES)]
+        self._sample_addresses = list(map(address_of, self._samples))
 
     def __call__(self, *args: Any) -> list[Any]:
         slots = self._current_template(args).copy()
@@ -249,8 +257,11 @@ class Program:
         return [slots[o] for o in self.outputs]
 
     def stale(self) -> bool:
-        """Whether a bound weight was written to in place since its copies were made."""
-        return list(map(_VERSION, self._counted)) != self._counted_versions
+        """Whether a bound weight was written to in place since its copies were made, or the model was converted."""
+        return (
+            list(map(_VERSION, self._counted)) != self._counted_versions
+            or list(map(address_of, self._samples)) != self._sample_addresses
+        )
 
     def weight_slots(self) -> list[WeightSlot]:
         """Where each bound parameter hangs in the model."""
@@ -275,13 +286,15 @@ class Program:
         """The filled slots, after bringing copies of changed parameters up to date."""
         given = [args[i] for i in self._bound_indexes]
         if all(map(is_, given, self._bound_tensors)):
-            if [version_of(t) for t in self._bound_tensors] == self._bound_versions:
+            unwritten = [version_of(t) for t in self._bound_tensors] == self._bound_versions
+            if unwritten and list(map(address_of, self._bound_tensors)) == self._bound_addresses:
                 return self._template
         elif any(t is not self.store.tensor(b.name) for t, b in zip(given, self.bound, strict=True)):
             return self._foreign_template(given)
         names = []
-        for bound, tensor, version in zip(self.bound, given, self._bound_versions, strict=True):
-            if tensor is not bound.tensor or version_of(tensor) != version:
+        stamps = zip(self._bound_versions, self._bound_addresses, strict=True)
+        for bound, tensor, stamp in zip(self.bound, given, stamps, strict=True):
+            if tensor is not bound.tensor or (version_of(tensor), address_of(tensor)) != stamp:
                 names.append(bound.name)
                 bound.tensor = tensor
         self.store.refresh(names)
