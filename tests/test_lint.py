@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import meta_models
@@ -153,6 +155,19 @@ def test_unknown_passes() -> None:
     finding = only(lint({"ktfx": 1, "passes": ["rewrite_experts", "rewrite_expert"]}))
     assert (finding.severity, finding.code) == ("error", "unknown-pass")
     assert finding.mend == "did you mean 'rewrite_experts'?"
+
+
+def test_unknown_options_of_a_pass() -> None:
+    finding = only(lint({"ktfx": 1, "passes": [{"fuse_norms": {"devic": "cuda"}}]}))
+    assert (finding.severity, finding.code) == ("error", "invalid")
+    assert "no option 'devic' (did you mean 'device'?)" in finding.message
+
+
+def test_passes_are_checked_before_anything_loaded_the_ops() -> None:
+    """In a process of its own: here other tests have loaded ktfx's ops, which the passes name."""
+    script = "from ktfx.lint import lint; print(lint({'ktfx': 1, 'passes': ['rewrite_expert']})[0].code)"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.stdout.strip() == "unknown-pass", done.stderr[-1000:]
 
 
 def test_rules_that_cannot_hold_are_all_reported() -> None:
