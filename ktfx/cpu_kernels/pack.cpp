@@ -90,7 +90,19 @@ void scale_task(void* context, int, int64_t task, int) {
   float* scales = p.block_scales.data() + task * column_blocks;
   for (int64_t n = rb * kFp8Block; n < std::min<int64_t>(m.N, (rb + 1) * kFp8Block); ++n) {
     read_row(p, p.sources[e], n, row.data());
-    for (int64_t k = 0; k < m.Kp; ++k) scales[k / kFp8Block] = std::max(scales[k / kFp8Block], std::fabs(row[k]));
+    for (int64_t k = 0; k < m.Kp; k += kFp8Block) {
+      // Magnitudes compare as their bits do, which the compiler turns into vectors.
+      int32_t top = 0;
+      const int64_t end = std::min<int64_t>(m.Kp, k + kFp8Block);
+      for (int64_t i = k; i < end; ++i) {
+        int32_t bits;
+        memcpy(&bits, &row[i], 4);
+        top = std::max(top, bits & 0x7fffffff);
+      }
+      float largest;
+      memcpy(&largest, &top, 4);
+      scales[k / kFp8Block] = std::max(scales[k / kFp8Block], largest);
+    }
   }
   for (int64_t b = 0; b < column_blocks; ++b) scales[b] /= 448.0f;
 }

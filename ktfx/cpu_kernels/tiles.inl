@@ -947,10 +947,7 @@ bool encode(const ktfx_matrix* m, const float* x, const float* scale_in, uint32_
   if (m->format == KTFX_FMT_FP8) {
     for (int64_t k = 0; k < Kp; k += L) {
       const float s = scale_in[k / kFp8Block];
-      int32_t r[L];
-      store(r, e4m3(load<vf>(x + k) / (s == 0.0f ? 1.0f : s)));
-      for (int i = 0; i < L; i += 4)
-        words[(k + i) / 4] = r[i] | r[i + 1] << 8 | r[i + 2] << 16 | (uint32_t)r[i + 3] << 24;
+      store((uint8_t*)words + k, __builtin_convertvector(e4m3(load<vf>(x + k) / (s == 0.0f ? 1.0f : s)), vb));
     }
     return true;
   }
@@ -988,34 +985,28 @@ bool encode(const ktfx_matrix* m, const float* x, const float* scale_in, uint32_
       }
     }
     const float safe = scale == 0.0f ? 1.0f : scale;
+    // One byte an input: INT8 as it is, 4-bit codes then two by two, input j of eight beside input j + 4.
+    uint8_t* codes = (uint8_t*)words + g * group;
+    uint8_t block[128];
+    for (int64_t i = 0; i < group; i += L) {
+      const vf v = load<vf>(p + i) / safe;
+      vi c;
+      if (m->format == KTFX_FMT_MXFP4) c = e2m1(vabs(v)) | ((vi)((vu)(vi)v >> 31) << 3);
+      else {
+        const int lo = m->format == KTFX_FMT_INT8 ? -127 : m->format == KTFX_FMT_INT4 ? -8 : 0;
+        const int hi = m->format == KTFX_FMT_INT8 ? 127 : m->format == KTFX_FMT_INT4 ? 7 : 15;
+        c = nearest(vmin(vmax(v, splat(-1024.0f)), splat(1024.0f)) + zero);
+        c = c < lo ? splat((int32_t)lo) : c;
+        c = c > hi ? splat((int32_t)hi) : c;
+        if (m->format == KTFX_FMT_INT4) c += 8;
+      }
+      store(m->format == KTFX_FMT_INT8 ? codes + i : block + i, __builtin_convertvector(c, vb));
+    }
+    if (m->format == KTFX_FMT_INT8) continue;
     for (int64_t i = 0; i < group; i += 8) {
-      int32_t r[8];
-      for (int j = 0; j < 8; j += L < 8 ? L : 8) {
-        vf v = {};
-        __builtin_memcpy(&v, p + i + j, 32);
-        v /= safe;
-        vi c;
-        if (m->format == KTFX_FMT_MXFP4) c = e2m1(vabs(v)) | ((vi)((vu)(vi)v >> 31) << 3);
-        else {
-          const int lo = m->format == KTFX_FMT_INT8 ? -127 : m->format == KTFX_FMT_INT4 ? -8 : 0;
-          const int hi = m->format == KTFX_FMT_INT8 ? 127 : m->format == KTFX_FMT_INT4 ? 7 : 15;
-          v = vmin(vmax(v, splat(-1024.0f)), splat(1024.0f));
-          c = nearest(v + zero);
-          c = c < lo ? splat((int32_t)lo) : c;
-          c = c > hi ? splat((int32_t)hi) : c;
-          if (m->format == KTFX_FMT_INT4) c += 8;
-        }
-        __builtin_memcpy(r + j, &c, 32);
-      }
-      const int64_t k = g * group + i;
-      if (m->format == KTFX_FMT_INT8) {
-        for (int j = 0; j < 8; j += 4)
-          words[(k + j) / 4] = (r[j] & 255) | (r[j + 1] & 255) << 8 | (r[j + 2] & 255) << 16 | (uint32_t)r[j + 3] << 24;
-      } else {
-        uint32_t word = 0;
-        for (int j = 0; j < 4; ++j) word |= (uint32_t)(r[j] | r[j + 4] << 4) << (8 * j);
-        words[k / 8] = word;
-      }
+      uint64_t eight;
+      __builtin_memcpy(&eight, block + i, 8);
+      words[(g * group + i) / 8] = (uint32_t)(eight | eight >> 28);
     }
   }
   return true;
