@@ -37,7 +37,7 @@ def _captured() -> Session:
 
 def _replay(fault: str) -> Replay:
     session = _captured()
-    replay = Replay.of(session.state, session.state.graphs[0])
+    replay = Replay.of(session.state, session.compiled[0])
     rules = load_ruleset(planted_rules(fault, LAYER))
     object.__setattr__(replay.state.ruleset, "passes", rules.passes)
     return replay

@@ -54,7 +54,7 @@ def captured(rules: Path) -> Session:
 
 
 def replays(session: Session) -> list[Replay]:
-    return [Replay.of(session.state, graph) for graph in session.state.graphs]
+    return [Replay.of(session.state, graph) for graph in session.compiled]
 
 
 def test_numbers_go_on_in_the_next_graph(captured: Session) -> None:

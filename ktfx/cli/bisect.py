@@ -54,7 +54,7 @@ def bisect(
             return _answer(found, command, as_json)
         setup = Setup(model, rules, simulate, layers, tiny, dtype, tokens, phase, seed=seed)
         session = run_unrewritten(setup)
-        replays = [Replay.of(session.state, graph) for graph in session.state.graphs]
+        replays = [Replay.of(session.state, graph) for graph in session.compiled]
         found = search(numerics_oracle(replays, tolerance, session.graphs), progress)
     more = [] if tolerance is None else ["--tolerance", f"{tolerance:g}"]
     return _answer(found, shlex.join([*words_of("numerics", setup, rules), *more]), as_json)

@@ -48,7 +48,7 @@ def numerics(
     if tolerance is not None and not tolerance > 0:
         raise OptionError(f"--tolerance {tolerance:g}", expected="a number above 0")
     session = run_unrewritten(Setup(model, rules, simulate, layers, tiny, dtype, tokens, phase, seed=seed))
-    replays = [Replay.of(session.state, g) for g in session.state.graphs]
+    replays = [Replay.of(session.state, g) for g in session.compiled]
     reports = tool.run_numerics(replays, tolerance, reference, session.graphs)
     if plot is not None:
         for number, (_, report) in enumerate(reports):

@@ -208,7 +208,7 @@ def _write_about(folder: Path, failure: Failure, setup: Setup | None, more: dict
 
 
 def _captured_program(session: Session) -> str:
-    graph = session.state.graphs[0]
+    graph = session.compiled[0]
     gm = graph.records[0].graph_before
     assert graph.context is not None and gm is not None
     shot = snapshot(gm, graph.context.captured.inputs)

@@ -6,7 +6,7 @@ import contextlib
 import io
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -87,18 +87,23 @@ def words_of(command: str, setup: Setup, rules: str | None) -> list[str]:
 
 @dataclass
 class Session:
-    """A model that was compiled and run once."""
+    """A model that was compiled and run once. compiled: its graphs, in the order of the compiles."""
 
     setup: Setup
     model: nn.Module
     state: ModelState
     outputs: Any = None
+    compiled: list[GraphReport] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        # A list of its own: torch._dynamo.reset() empties the state's.
+        self.compiled = list(self.state.graphs)
 
     @property
     def graphs(self) -> list[GraphReport]:
         """The graphs of the phases asked for, in the order of their compiles."""
         wanted = ("prefill", "generate") if self.setup.phase == "both" else (self.setup.phase,)
-        return [g for g in self.state.graphs if g.phase in wanted]
+        return [g for g in self.compiled if g.phase in wanted]
 
 
 def open_model(setup: Setup) -> nn.Module:
@@ -211,7 +216,8 @@ def prompt(model: nn.Module, setup: Setup) -> torch.Tensor:
 
 def generate(model: nn.Module, ids: torch.Tensor, setup: Setup) -> Any:
     count = 1 if setup.phase == "prefill" else 2
-    with torch.no_grad():
+    # Dynamo remembers by source line that another model saw another length: a session is as in a fresh process.
+    with torch.no_grad(), torch._dynamo.config.patch(automatic_dynamic_shapes=False):
         return model.generate(  # type: ignore[operator]
             ids,
             attention_mask=torch.ones_like(ids),
@@ -233,10 +239,10 @@ def run_module(model: nn.Module, args: Sequence[Any], rules: RulesSource, **opti
 
 def _time(session: Session, ids: torch.Tensor) -> None:
     """A second run with every step timed; only the first call of each program is kept."""
-    for graph in session.state.graphs:
+    for graph in session.compiled:
         graph.built.program.timeline = []
     generate(session.model, ids, session.setup)
-    for graph in session.state.graphs:
+    for graph in session.compiled:
         program = graph.built.program
         if program.timeline is not None:
             program.timeline = program.timeline[: len(program.steps)]

@@ -99,7 +99,7 @@ def recording(layers: int) -> None:
 
 def bisect_real(layers: int) -> None:
     session = run_unrewritten(Setup(MODEL, RULES, "cpu", layers, True, phase="both"))
-    replays = [Replay.of(session.state, graph) for graph in session.state.graphs]
+    replays = [Replay.of(session.state, graph) for graph in session.compiled]
     count = RunCount()
     runs = [replay.run(keep_graphs=False, count=count) for replay in replays]
     module = f"model.layers.{layers * 2 // 3 - 1}.input_layernorm"
