@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 
 Listener = Callable[[str, int, int], None]
-"""Called with (stage, done, total); stages are ``capture``, ``passes``, ``pack`` and ``compile``; total 0 is "not known"."""
+"""Called with (stage, done, total); stages: ``capture``, ``passes``, ``pack``, ``compile``; total 0 is "not known"."""
 
 _LISTENER: ContextVar[Listener | None] = ContextVar("ktfx_progress", default=None)
 

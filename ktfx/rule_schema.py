@@ -37,8 +37,8 @@ SCHEMA: dict[str, dict[str, str]] = {
     "replace": {
         "op": "The implementation: experts.cpu, linear.triton, aten, … Its family must fit the module.",
         "device": "The device. Default: the one the module has without the rule; for ops of the host, the host.",
-        "weights": "The storage format: model, int8, int4, int4zp, fp8, mxfp4, with a group as in int4-g128. Without an "
-        "`op`, experts and linear layers run by the kernel of their device.",
+        "weights": "The storage format: model, int8, int4, int4zp, fp8, mxfp4, with a group as in int4-g128. Without "
+        "an `op`, experts and linear layers run by the kernel of their device.",
         "group_size": "The group of the weight format, if not its default.",
         "out_device": "Where the module's output goes. Default: where it is read.",
         "prefill": "op, device, weights and group_size for prefill alone.",
