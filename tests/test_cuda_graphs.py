@@ -15,7 +15,7 @@ from parity import DEVICES, compare, run_steps, static_cache, two_gpus_host
 
 import ktfx
 from ktfx import direct
-from ktfx.program.cuda_graphs import Group, Recording, cuda_device_of, groups_of
+from ktfx.program.cuda_graphs import Group, Recording, apart, cuda_device_of, groups_of
 from ktfx.program.program import Compute, Program, Step
 
 ONE_GPU = {"ktfx": 1, "devices": DEVICES, "default_device": "gpu0", "rules": []}
@@ -55,7 +55,7 @@ class StandIn:
                 step.run(slots)
             for slot, old in enumerate(results):
                 if isinstance(old, torch.Tensor) and old is not slots[slot]:
-                    old.copy_(slots[slot])
+                    apart(old).copy_(apart(slots[slot]))
             slots[:] = now
 
         return replay

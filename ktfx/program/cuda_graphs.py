@@ -206,13 +206,13 @@ class Recording:
         def compute() -> None:
             step.run(slots)
             for slot, first in kept:
-                _apart(first).copy_(_apart(slots[slot]))
+                apart(first).copy_(apart(slots[slot]))
                 slots[slot] = first
 
         return compute
 
 
-def _apart(tensor: torch.Tensor) -> torch.Tensor:
+def apart(tensor: torch.Tensor) -> torch.Tensor:
     """The entries that lie apart in memory: an expanded dimension is one entry, which can be written to."""
     for dim, stride in enumerate(tensor.stride()):
         if stride == 0 and tensor.shape[dim] > 1:
