@@ -72,6 +72,7 @@ def test_numbers_go_on_in_the_next_graph(captured: Session) -> None:
     assert ran == [2, 1]
 
 
+@pytest.mark.slow
 def test_a_compile_counts_as_a_replay_does(rules: Path, capfd: pytest.CaptureFixture[str]) -> None:
     with environment({"KTFX_BISECT_LIMIT": "3", "KTFX_BISECT_PASSES": "4"}):
         session = run(Setup(rules=str(rules), simulate="cpu", phase="both", tokens=5), tiny_model())

@@ -149,6 +149,7 @@ def test_a_graph_compiled_after_a_change_has_the_new_numbers(model):
     assert relative_error(got, want) < FLOAT32_TOLERANCE
 
 
+@pytest.mark.slow
 def test_replaced_data_is_noticed(model):
     compiled(model)
     model.generate(ids(), max_new_tokens=3, do_sample=False)
@@ -229,6 +230,7 @@ def test_threads_take_turns(model):
     assert all(torch.equal(got[n], want[n]) for n in range(3))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["prompt_lookup", "assistant"])
 def test_assisted_decoding(model, how):
     prompt = ids(6).repeat(1, 2)
@@ -244,6 +246,7 @@ def test_assisted_decoding(model, how):
     assert model.generation_config.cache_implementation == "static"
 
 
+@pytest.mark.slow
 def test_generation_goes_on_with_a_cache_that_the_caller_kept(model):
     def two_turns() -> torch.Tensor:
         first = model.generate(

@@ -30,7 +30,13 @@ def check(model: nn.Module, rules: Any, **options: Any) -> Any:
     return state
 
 
-@pytest.mark.parametrize("name", [f.name for f in FAMILIES])
+# Twelve families of experts and a dense one at each `make test`; those that share their layout with one of them, slow.
+ALIKE = {"olmoe", "qwen2_moe", "glm4_moe", "ernie4_5_moe"}
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(f.name, marks=pytest.mark.slow) if f.name in ALIKE else f.name for f in FAMILIES]
+)
 def test_every_family_with_experts_on_the_host_and_two_gpus(name):
     """32 decode steps: past the window of the sliding models (16)."""
     state = check(tiny_model(name), two_gpus_host(LAYERS, "experts.cpu"), steps=32)
@@ -100,7 +106,7 @@ def test_placements_of_other_layouts(placement, family):
     check(tiny_model(family), rules_of(placement), steps=8)
 
 
-@pytest.mark.parametrize("family", ["qwen3_moe", "mixtral"])
+@pytest.mark.parametrize("family", ["qwen3_moe", pytest.param("mixtral", marks=pytest.mark.slow)])
 def test_bfloat16_is_no_worse_than_eager_by_more_than_half(family):
     """Both against a float32 run of the same weights: ‖out−ref‖/‖ref‖."""
     torch._dynamo.reset()

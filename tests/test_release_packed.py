@@ -126,6 +126,7 @@ def test_lossy_gives_back_what_the_kernels_compute_with(model):
     assert 0 < relative_error(found, own) < 0.3
 
 
+@pytest.mark.slow
 def test_from_pretrained_reads_rounded_weights_from_their_checkpoint(model, tmp_path):
     want_state = {k: v.clone() for k, v in model.state_dict().items()}
     model.save_pretrained(tmp_path)
@@ -199,7 +200,7 @@ print(layer, layers, packed, status("VmHWM") - before, status("VmRSS") - before)
 """
 
 
-@pytest.mark.parametrize("weights", ["model", "int4"])
+@pytest.mark.parametrize("weights", ["model", pytest.param("int4", marks=pytest.mark.slow)])
 def test_memory_never_holds_a_second_copy_of_more_than_a_layer(weights):
     """Six layers of 48 MiB: at the peak one packed layer more than before, at the end the packed bytes alone."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": "1000000"}

@@ -331,7 +331,7 @@ def test_on_the_host_by_its_own_kernel(family: str) -> None:
     assert {e.device for e in state.store.entries() if e.request is not None} == {"host"}
 
 
-@pytest.mark.parametrize("op", ["linear.triton", "linear.cpu"])
+@pytest.mark.parametrize("op", [pytest.param("linear.triton", marks=pytest.mark.slow), "linear.cpu"])
 def test_inductor_takes_the_op(op: str) -> None:
     torch._dynamo.reset()
     model = Block().eval()
