@@ -15,21 +15,23 @@ import torch
 from torch import nn
 
 from ktfx.backend import compile_graph
-from ktfx.bad_calls import reason_for_failure, refuse_bad_shapes
+from ktfx.bad_calls import bound_argument, reason_for_failure, refuse_bad_shapes
 from ktfx.cache import place_cache
 from ktfx.copies import leave_out_of_copies, stop_leaving_out
 from ktfx.debug.watch import repro_directory
 from ktfx.direct import MAX_FORMS, DirectCall, can_be_called_directly, form_of, note_call, notes_of
 from ktfx.dynamo_access import with_own_code
 from ktfx.errors import CaptureError, KtfxError, KtfxWarning, OptionError
-from ktfx.generation import generate_with_callers_cache
+from ktfx.generation import generate_with_callers_cache, prepare_with_long_layers
 from ktfx.graph_breaks import first_line, refuse_break_inside_layer
 from ktfx.options import CompileOptions, RulesSource, parse_options
+from ktfx.sliding_cache import lengthen_sliding_layers
 from ktfx.state import ModelState, forget, model_state, states_of
 from ktfx.stored_linears import adopt, give_up
 from ktfx.watch import ModuleWatch, watch_modules
 
 _ATTRIBUTE = "_ktfx_compiled"
+PREPARE = "prepare_inputs_for_generation"
 RECOMPILE_LIMIT = 64
 CALLS_THAT_MAY_COUNT = 3
 
@@ -46,10 +48,12 @@ class Compiled:
     disable_compile: Any = None
     set_generation: bool = False
     wraps_generate: bool = False
+    wraps_prepare: bool = False
 
     def attributes(self) -> tuple[str, ...]:
         """Names of the model's instance attributes that are ktfx's."""
-        return ("forward", "generate") if self.wraps_generate else ("forward",)
+        wrapped = {"forward": True, "generate": self.wraps_generate, PREPARE: self.wraps_prepare}
+        return tuple(name for name, mine in wrapped.items() if mine)
 
     def generation_settings(self) -> dict[str, Any]:
         """The model's own generation settings, of those that ktfx changed."""
@@ -123,6 +127,9 @@ def compile(
         if "generate" not in model.__dict__ and hasattr(type(model), "generate"):
             model.__dict__["generate"] = generate_with_callers_cache(model, compiled.cache_implementation)
             compiled.wraps_generate = True
+    if parsed.sliding_cache == "full" and PREPARE not in model.__dict__ and hasattr(type(model), PREPARE):
+        model.__dict__[PREPARE] = prepare_with_long_layers(model)
+        compiled.wraps_prepare = True
     adopt(model)
     object.__setattr__(model, _ATTRIBUTE, compiled)
     own = {} if own_forward is None else {"forward": own_forward}
@@ -233,6 +240,8 @@ def _wrap(
         refuse_bad_shapes(original, args, kwargs)
         cache = kwargs.get("past_key_values")
         if cache is not None:
+            if record.options.sliding_cache == "full":
+                lengthen_sliding_layers(cache, bound_argument(original, "attention_mask", args, kwargs))
             place_cache(cache, model_of(), original, args, kwargs, state.resolution, state.devices, logical, shapes)
         # A float attribute (a scale) that differs between two models must not become a graph input (torch 2.11).
         # Eight graphs, torch's limit, are few for prefill, decode, batches and caches of several kinds.

@@ -47,6 +47,11 @@ def reason_for_failure(
     return wrong or _wrong_cache(tokens, given.get("past_key_values"))
 
 
+def bound_argument(forward: Callable[..., Any], name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """What a call gives an argument, by position or by name; None if nothing."""
+    return kwargs[name] if name in kwargs else _named(forward, args, kwargs).get(name) if args else None
+
+
 def _named(forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
     try:
         bound = inspect.signature(forward).bind_partial(*args, **kwargs)

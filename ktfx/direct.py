@@ -50,14 +50,14 @@ class DirectCall:
     """How to run the program for one form of call. ``fields``: name and origin of each field of the output.
 
     cached: (slot, attributes of the cache layer, name of the tensor, the tensor seen at the noted call, its data).
-    keywords, sizes: slot and where its value comes from.
+    keywords: slot, the keyword, and the key where that is a mapping (masks by kind of layer). sizes: slot and value.
     """
 
     program: Program
     cache: weakref.ref[Any] | None
     cache_name: str
     cached: list[tuple[int, dict[str, Any], str, Any, torch.Tensor]]
-    keywords: list[tuple[int, str]]
+    keywords: list[tuple[int, str, Any]]
     sizes: list[tuple[int, int]]
     output_type: Callable[..., Any]
     fields: list[tuple[str, Any]]
@@ -88,7 +88,7 @@ class DirectCall:
         data = self._data if all(map(is_, states, self._seen)) else self._other_data(states)
         if data is None:
             return None
-        keywords = [(slot, kwargs[name]) for slot, name in self.keywords]
+        keywords = [(slot, kwargs[name] if key is None else kwargs[name][key]) for slot, name, key in self.keywords]
         outputs = self._replayed(keywords) if data is self._data else None
         if outputs is None:
             outputs = self.program.run([*data, *keywords, *self.sizes])
@@ -150,6 +150,8 @@ def form_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             parts.append((name, type(value), value))
         elif hasattr(value, "layers"):
             parts.append((name, id(value)))
+        elif type(value) is dict and (inside := form_of((), value)) is not None:
+            parts.append((name, inside))
         else:
             return None
     return tuple(parts)
@@ -157,11 +159,17 @@ def form_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
 
 def can_be_called_directly(model: nn.Module) -> bool:
     """False for models whose modules keep notes between calls that a direct call would not update."""
-    return not any(getattr(m, "rope_type", None) in _CHANGING_ROPES for m in model.modules())
+    return not any(_CHANGING_ROPES.intersection(_rope_types(m)) for m in model.modules())
+
+
+def _rope_types(module: nn.Module) -> list[str]:
+    """The kind of a rotary embedding, or its kinds by kind of layer (Gemma 3); empty for other modules."""
+    kind = getattr(module, "rope_type", ())
+    return [k for k in (kind.values() if isinstance(kind, dict) else [kind]) if isinstance(k, str)]
 
 
 def notes_of(kwargs: dict[str, Any]) -> Any:
-    """The Python state that a call may change on its cache (a sliding layer's counter)."""
+    """The Python state that a call may change on its cache (the counter of a layer that holds a window alone)."""
     cache = kwargs.get("past_key_values")
     return [
         {k: v for k, v in vars(layer).items() if not isinstance(v, (torch.Tensor, list))}
@@ -176,7 +184,10 @@ def note_call(
 
     forget: called when the cache of that call dies, so that its tensors are not kept alive here.
     """
-    keyword_of = {id(v): k for k, v in kwargs.items() if isinstance(v, torch.Tensor)}
+    keyword_of: dict[int, tuple[str, Any]] = {}
+    for name, value in kwargs.items():
+        entries = value.items() if type(value) is dict else [(None, value)]
+        keyword_of |= {id(v): (name, key) for key, v in entries if isinstance(v, torch.Tensor)}
     cache_name = next((k for k, v in kwargs.items() if hasattr(v, "layers")), "")
     cache = kwargs.get(cache_name)
     cache_of: dict[int, tuple[dict[str, Any], str]] = {}
@@ -188,7 +199,7 @@ def note_call(
     for position, slot in call.program.arguments:
         value = call.args[position]
         if id(value) in keyword_of:
-            keywords.append((slot, keyword_of[id(value)]))
+            keywords.append((slot, *keyword_of[id(value)]))
         elif id(value) in cache_of:
             cached.append((slot, *cache_of[id(value)], value, value.physical))
         elif isinstance(value, int):

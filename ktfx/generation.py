@@ -1,4 +1,5 @@
-"""``generate()`` on a compiled model: the static cache that ktfx asks for gives way to a choice that rules it out."""
+"""``generate()`` on a compiled model: the static cache that ktfx asks for gives way to a choice that rules it out, and
+its sliding layers get their full length before the masks are made."""
 
 from __future__ import annotations
 
@@ -8,6 +9,8 @@ from collections.abc import Callable
 from typing import Any
 
 from torch import nn
+
+from ktfx.sliding_cache import lengthen_sliding_layers
 
 # transformers refuses these together with `cache_implementation="static"`.
 _RULES_OUT_STATIC = ("past_key_values", "assistant_model", "prompt_lookup_num_tokens")
@@ -36,5 +39,19 @@ def generate_with_callers_cache(model: nn.Module, own_implementation: Any) -> Ca
             return generate(owner, *args, **kwargs)
         finally:
             settings.cache_implementation = before
+
+    return wrapper
+
+
+def prepare_with_long_layers(model: nn.Module) -> Callable[..., Any]:
+    """The model's ``prepare_inputs_for_generation``, which makes the masks by the cache's layers: long ones by then."""
+    cls: Any = type(model)
+    prepare: Callable[..., Any] = cls.prepare_inputs_for_generation
+    model_ref = weakref.ref(model)
+
+    @functools.wraps(prepare)
+    def wrapper(*args: Any, **kwargs: Any) -> Any:
+        lengthen_sliding_layers(kwargs.get("past_key_values"), kwargs.get("attention_mask"))
+        return prepare(model_ref(), *args, **kwargs)
 
     return wrapper

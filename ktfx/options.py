@@ -17,6 +17,7 @@ RulesSource = str | Path | Mapping[str, Any] | Sequence[Any] | None
 
 # torch.compile reads these from the same dict for itself.
 _TORCH_KEYS = frozenset({"guard_filter_fn", "use_aoti"})
+_SLIDING_CACHES = ("full", "window")
 _MODES = (None, "default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
 
 
@@ -37,6 +38,9 @@ class CompileOptions:
     repro_inputs: keep every tensor in a repro, weights too, not just shapes and small integers (KTFX_REPRO_INPUTS=1).
     cuda_graphs: record decode steps that repeat as CUDA graphs (through ``ktfx.compile``, on real GPUs).
     pack_cache: a directory where experts packed for the CPU are kept between runs; None keeps none.
+    sliding_cache: ``full``: sliding-window layers of a static cache are as long as its full layers, so that decode
+        steps can be called directly and recorded; ``window``: they hold their window alone (less memory, slower steps).
+        Through ``ktfx.compile``.
     mode: accepted from transformers' CompileConfig; it chooses nothing here.
     """
 
@@ -51,6 +55,7 @@ class CompileOptions:
     repro_inputs: bool = False
     cuda_graphs: bool = True
     pack_cache: str | Path | None = None
+    sliding_cache: str = "full"
     mode: str | None = None
     key: str = field(default="", compare=False)
 
@@ -89,6 +94,12 @@ def parse_options(given: Mapping[str, Any] | None, mode: str | None = None) -> C
         options["memory"] = {str(k): parse_bytes(v) for k, v in dict(options["memory"]).items()}
     if options.get("pack_cache") is not None:
         options["pack_cache"] = checked_directory(options["pack_cache"])
+    sliding = options.get("sliding_cache", "full")
+    if sliding not in _SLIDING_CACHES:
+        raise OptionError(
+            f"unknown sliding_cache {sliding!r}{near(str(sliding), _SLIDING_CACHES)}",
+            expected="one of " + ", ".join(_SLIDING_CACHES),
+        )
     rules = options.get("rules")
     if rules is not None and not isinstance(rules, (str, Path, Mapping, Sequence)):
         raise OptionError(

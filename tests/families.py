@@ -134,7 +134,18 @@ FAMILIES: tuple[Family, ...] = (
     Family("llama", {}),
 )
 
-BY_NAME = {f.name: f for f in FAMILIES}
+# Sliding windows beside full layers, and no experts: for tests of caches and attention.
+_WINDOWED: dict[str, Any] = {
+    "sliding_window": 16,
+    "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+    "query_pre_attn_scalar": 8,
+}
+SLIDING: tuple[Family, ...] = (
+    Family("gemma2", _WINDOWED),
+    Family("gemma3_text", _WINDOWED),
+)
+
+BY_NAME = {f.name: f for f in (*FAMILIES, *SLIDING)}
 
 
 def tiny_model(name: str, dtype: torch.dtype = torch.float32, layers: int = LAYERS, **overrides: Any) -> nn.Module:
@@ -143,6 +154,8 @@ def tiny_model(name: str, dtype: torch.dtype = torch.float32, layers: int = LAYE
 
     family = BY_NAME[name]
     entries = {**_COMMON, "num_hidden_layers": layers, **family.overrides, **overrides}
+    if "layer_types" in entries:
+        entries["layer_types"] = entries["layer_types"][:layers]
     config = AutoConfig.for_model(name, **entries)
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()

@@ -82,10 +82,32 @@ def compare(actual: Trace, expected: Trace, tolerance: float) -> float:
         assert error <= tolerance, f"logits of step {step} differ by {error:.2e}"
     assert actual.cache.keys() == expected.cache.keys()
     for key, value in expected.cache.items():
-        error = relative_error(actual.cache[key], value)
+        mine = last_of_window(actual.cache, key, value)
+        if mine is None:
+            continue
+        error = relative_error(mine, value)
         worst = max(worst, error)
         assert error <= tolerance, f"cache layer {key[0]} {key[1]} differs by {error:.2e}"
     return worst
+
+
+def last_of_window(
+    cache: dict[tuple[int, str], torch.Tensor], key: tuple[int, str], expected: torch.Tensor
+) -> torch.Tensor | None:
+    """A cache tensor as the eager run holds it: of a layer that ktfx keeps whole, the last of its window.
+
+    None for such a layer's count, which eager stops at the window.
+    """
+    layer, name = key
+    whole, states = cache[key], cache.get((layer, "keys"))
+    if name == "cumulative_length" and states is not None and int(whole) > int(expected):
+        assert int(expected) <= states.shape[2]
+        return None
+    if name not in ("keys", "values") or whole.shape == expected.shape:
+        return whole
+    window = expected.shape[2]
+    start = max(int(cache[(layer, "cumulative_length")]) - window, 0)
+    return whole[:, :, start : start + window]
 
 
 def check_parity(
