@@ -129,10 +129,13 @@ def constant_of(value: Any) -> Any:
 
 
 def skipped(node: fx.Node) -> fx.Node | None:
-    """The node whose value this one passes on unchanged (an alias, a cast to its own dtype, ×1), or None."""
+    """The node whose value this one passes on unchanged (an alias, a cast to its own dtype, ×1, dropout in eval mode),
+    or None."""
     if node.op != "call_function":
         return None
     family = op_family(node.target)
+    if family == "aten.dropout":
+        return node.args[0] if _drops_nothing(node) else None  # type: ignore[return-value]
     if family not in _COPIES and family not in _RESHAPES and family not in _NEUTRAL:
         return None
     source = node.args[0] if node.args else None
@@ -150,6 +153,12 @@ def skipped(node: fx.Node) -> fx.Node | None:
         return None
     assert isinstance(source, fx.Node)
     return source
+
+
+def _drops_nothing(node: fx.Node) -> bool:
+    """Dropout of a model in eval mode, or with a probability of 0."""
+    given: dict[str, Any] = {**dict(zip(("input", "p", "train"), node.args, strict=False)), **node.kwargs}
+    return given.get("train") is False or bool(given.get("p") == 0)
 
 
 def strip(value: Any) -> Any:

@@ -35,6 +35,39 @@ class Attention(nn.Module):
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, **self.options)
 
 
+class WrittenOut(nn.Module):
+    """One layer's attention as transformers' eager forms write it out; the options are where they differ."""
+
+    def __init__(
+        self, times: int = 2, heads: int = 4, sinks: bool = False, shift: bool = True, cap: float | None = None,
+        scale: str = "times", soft: torch.dtype | None = None, widen: bool = False, dropped: int = 1,
+    ) -> None:  # fmt: skip
+        super().__init__()
+        self.times, self.shift, self.cap, self.scale, self.soft = times, shift, cap, scale, soft
+        self.widen, self.dropped = widen, dropped
+        self.sinks = nn.Parameter(torch.linspace(-1, 2, heads)) if sinks else None
+
+    def forward(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+        k, v = repeat_kv(k, self.times), repeat_kv(v, self.times)
+        wide_q, wide_k = (q.float(), k.float()) if self.widen else (q, k)
+        scores = torch.matmul(wide_q, wide_k.transpose(2, 3))
+        scores = {"times": scores * 0.3, "over": scores / 3.0, "none": scores}[self.scale]
+        if self.cap is not None:
+            scores = torch.tanh(scores / self.cap) * self.cap
+        if mask is not None:
+            scores = scores + mask
+        if self.sinks is not None:
+            sinks = self.sinks.to(scores.dtype).reshape(1, -1, 1, 1).expand(q.shape[0], -1, q.shape[-2], -1)
+            scores = torch.cat([scores, sinks], dim=-1)
+            if self.shift:
+                scores = scores - scores.max(dim=-1, keepdim=True).values
+        p = F.softmax(scores, dim=-1, dtype=self.soft or scores.dtype)
+        if self.sinks is not None:
+            p = p[..., : -self.dropped]
+        p = F.dropout(p, p=0.1, training=self.training).to(v.dtype)
+        return torch.matmul(p, v)
+
+
 class Model(nn.Module):
     """Reads ``input_ids`` so that the phase can be told."""
 
@@ -51,7 +84,9 @@ def run(attention: nn.Module, tokens: int = 1, rules: Any = GPU, mask: str = "ke
     q = torch.randn(2, 4, tokens, 8, generator=generator)
     k, v = (torch.randn(2, kv_heads, 12, 8, generator=generator) for _ in range(2))
     keep = torch.arange(12).view(1, 1, 1, 12) < torch.tensor([12, 5]).view(2, 1, 1, 1)
-    masks = {"keep": keep, "add": torch.zeros(keep.shape).masked_fill(~keep, float("-inf")), "none": None}
+    hidden = {"add": float("-inf"), "least": torch.finfo(torch.float32).min}
+    masks = {name: torch.zeros(keep.shape).masked_fill(~keep, value) for name, value in hidden.items()}
+    masks |= {"keep": keep, "none": None}
     given = (torch.ones(2, tokens, dtype=torch.int64), q, k, v, *([masks[mask]] if mask != "none" else []))
     done = run_passes(Model(attention), rules, *given, passes=("resolve_rules", "fuse_attention"))
     torch.testing.assert_close(done.out, done.expected, atol=1e-5, rtol=1e-5)
@@ -103,13 +138,109 @@ def test_prefill_and_the_host_keep_sdpa() -> None:
     assert not run(Attention(2), rules=HOST).context.rewrites
 
 
-@pytest.mark.parametrize("family", ["qwen3_moe", "mixtral", "deepseek_v3"])
-def test_parity_in_real_models(family: str) -> None:
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"sinks": True},
+        {"sinks": True, "shift": False, "soft": torch.float32},
+        {"cap": 2.0},
+        {"scale": "over", "soft": torch.float32},
+        {"scale": "none", "cap": 3.0, "sinks": True},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("mask", ["add", "none", "least"])
+def test_attention_written_out(options: dict[str, Any], mask: str) -> None:
+    done = run(WrittenOut(**options), mask=mask)
+    (rewrite,) = done.context.rewrites
+    assert rewrite.what.startswith("attention written out") and not done.context.misses
+    assert done.ops_before["aten.matmul.default"] == 2 and done.ops_before["aten.clone.default"] == 2
+    left = {"aten.matmul.default", "aten.softmax.int", "aten.cat.default", "aten.clone.default", "aten.dropout.default"}
+    assert not left & set(done.ops)
+    assert done.ops["ktfx.attention_decode_masked.default"] == 1
+    assert done.ops["ktfx.mask_bounds.default"] == (mask != "none")
+    (call,) = [n for n in done.after.graph.nodes if "attention_decode_masked" in str(n.target)]
+    assert [tuple(a.meta["val"].shape) for a in call.args[:3]] == [(2, 4, 1, 8), (2, 2, 12, 8), (2, 2, 12, 8)]
+    assert (call.args[5] is not None) == options.get("sinks", False) and call.args[6] == options.get("cap", 0.0)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("options", [{"soft": torch.float32}, {"sinks": True}, {"sinks": True, "widen": True}], ids=str)
+def test_half_precision_is_rounded_less_often(dtype: torch.dtype, options: dict[str, Any]) -> None:
+    """No further from float64 than the attention written out, which rounds its scores and probabilities."""
+    generator = torch.Generator().manual_seed(0)
+    q = torch.randn(2, 4, 1, 8, generator=generator).to(dtype)
+    k, v = (torch.randn(2, 2, 12, 8, generator=generator).to(dtype) for _ in range(2))
+    mask = torch.zeros(2, 1, 1, 12, dtype=dtype)
+    mask[1, ..., :5] = torch.finfo(dtype).min
+    model = Model(WrittenOut(**options).to(dtype))
+    done = run_passes(
+        model, GPU, torch.zeros(2, 1, dtype=torch.int64), q, k, v, mask, passes=("resolve_rules", "fuse_attention")
+    )
+    assert len(done.context.rewrites) == 1 and done.out.dtype == done.expected.dtype == dtype
+    exact = WrittenOut(**options).double()
+    exact.load_state_dict(model.attention.state_dict())
+    with torch.no_grad():
+        wide = exact.eval()(q.double(), k.double(), v.double(), mask.double())
+    error, base = ((t.double() - wide).norm() / wide.norm() for t in (done.out, done.expected))
+    assert error <= base * 1.1 + 1e-9
+
+
+@pytest.mark.parametrize(
+    ("options", "mask", "why"),
+    [
+        ({"sinks": True, "dropped": 2}, "none", "drops more"),
+        ({}, "keep", "no mask of floats"),
+    ],
+)
+def test_attention_written_out_that_is_something_else(options: dict[str, Any], mask: str, why: str) -> None:
+    torch.manual_seed(0)
+    q, k, v = torch.randn(1, 4, 1, 8), torch.randn(1, 2, 12, 8), torch.randn(1, 2, 12, 8)
+    if options.get("dropped", 1) == 2:
+        v = v[:, :, 1:]
+    masks = [torch.arange(12).view(1, 1, 1, 12) < 7] if mask == "keep" else []
+    done = run_passes(
+        Model(WrittenOut(**options)), GPU, torch.ones(1, 1, dtype=torch.int64), q, k, v, *masks,
+        passes=("resolve_rules", "fuse_attention"),
+    )  # fmt: skip
+    assert not done.context.rewrites
+    assert any(why in miss.why for miss in done.context.misses), done.context.misses
+    torch.testing.assert_close(done.out, done.expected)
+
+
+def test_bounds_are_found_once_for_layers_that_share_a_mask() -> None:
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = WrittenOut(sinks=True), WrittenOut()
+
+        def forward(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+            return self.first(q, k, v, mask) + self.second(q, k, v, mask[:, :, :, : k.shape[2]])
+
+    done = run(Twice(), mask="least")
+    assert len(done.context.rewrites) == 2
+    assert done.ops["ktfx.mask_bounds.default"] == 1
+
+
+@pytest.mark.parametrize(
+    ("family", "implementation"),
+    [
+        ("qwen3_moe", None),
+        ("deepseek_v3", None),
+        ("gpt_oss", None),
+        ("gemma2", "eager"),
+        pytest.param("mixtral", "eager", marks=pytest.mark.slow),
+    ],
+)
+def test_parity_in_real_models(family: str, implementation: str | None) -> None:
     model = tiny_model(family, layers=2)
+    if implementation is not None:
+        model.set_attn_implementation(implementation)
     state, _ = check_parity(model, {"ktfx": 1, "devices": DEVICES, "default_device": "gpu0", "rules": []}, steps=6)
     decode = state.graphs[-1]
-    found = [r for record in decode.records for r in record.rewrites if record.name == "fuse_attention"]
-    assert decode.phase == "generate" and len(found) == 2
+    (record,) = [r for r in decode.records if r.name == "fuse_attention"]
+    assert decode.phase == "generate" and len(record.rewrites) == 2 and not record.misses
 
 
 def test_it_can_be_switched_off() -> None:

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from triton_cases import DEVICE, DTYPES, INTERPRETED, assert_close, needs_kernels, normal, poisoned
 
-from ktfx.ops.attention import attention_decode_masked_reference, attention_decode_reference
+from ktfx.ops.attention import attention_decode_masked_reference, attention_decode_reference, mask_bounds
 
 pytestmark = needs_kernels
 
@@ -75,19 +75,29 @@ def test_the_op_chooses_its_parts_and_takes_one_length_for_all() -> None:
 
 def check_masked(
     B: int, kv: int, group: int, D: int, capacity: int, mask: torch.Tensor | None, dtype: torch.dtype,
-    parts: int | None = None, block: int = 16, seed: int = 0,
+    parts: int | None = None, block: int = 16, seed: int = 0, sinks: bool = False, softcap: float = 0.0,
+    poison: bool = True,
 ) -> None:  # fmt: skip
+    """poison: the cache is NaN outside the mask's bounds, where nothing may be read."""
     from ktfx.triton_kernels.attention_decode import attention_decode_masked
 
     q = normal(B, 1, kv * group, D, seed=seed, dtype=dtype).transpose(1, 2)
     k = normal(B, capacity, kv, D, seed=seed + 1, dtype=dtype).transpose(1, 2)
     v = normal(B, kv, capacity, D, seed=seed + 2, dtype=dtype)
-    out = poisoned(torch.empty(B, kv * group, 1, D, dtype=dtype, device=DEVICE))
-    attention_decode_masked(q, k, v, mask, D**-0.5, out, parts, block)
-    wide = None if mask is None or mask.dtype == torch.bool else mask.double()
+    sink = normal(kv * group, seed=seed + 3, dtype=dtype) if sinks else None
+    wide_mask = None if mask is None or mask.dtype == torch.bool else mask.double()
     exact = attention_decode_masked_reference(
-        q.double(), k.double(), v.double(), mask if wide is None else wide, D**-0.5
+        q.double(), k.double(), v.double(), mask if wide_mask is None else wide_mask, D**-0.5,
+        None if sink is None else sink.double(), softcap,
     )  # fmt: skip
+    bounds = None if mask is None else mask_bounds(mask)
+    if bounds is not None and poison:
+        position = torch.arange(capacity, device=DEVICE)
+        outside = (position < bounds[:, :1]) | (position >= bounds[:, 1:])
+        for cache in (k, v):
+            cache.masked_fill_(outside.view(-1, 1, capacity, 1), float("nan"))
+    out = poisoned(torch.empty(B, kv * group, 1, D, dtype=dtype, device=DEVICE))
+    attention_decode_masked(q, k, v, mask, bounds, D**-0.5, sink, softcap, out, parts, block)
     assert_close(out, exact, dtype)
 
 
@@ -99,7 +109,38 @@ def test_a_mask_in_place_of_lengths(dtype: torch.dtype) -> None:
     check_masked(2, 2, 4, 32, 70, keep, dtype, parts=3)
     check_masked(2, 2, 4, 32, 70, torch.zeros(keep.shape, device=DEVICE).masked_fill(~keep, float("-inf")), dtype)
     check_masked(2, 2, 1, 16, 70, keep[:1], dtype, parts=2)
-    check_masked(1, 2, 3, 16, 70, None, dtype)
+    check_masked(1, 2, 3, 16, 70, None, dtype, sinks=True)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_nothing_outside_a_window_is_read(dtype: torch.dtype) -> None:
+    """What gpt-oss makes: floats, the least of the dtype where it hides; sinks; left padding inside the window."""
+    position = torch.arange(90, device=DEVICE)
+    keep = ((position > 40) & (position <= 60)).view(1, 1, 1, -1).repeat(2, 1, 1, 1)
+    keep[1, ..., :47] = False
+    mask = torch.where(keep, torch.zeros((), dtype=dtype, device=DEVICE), torch.finfo(dtype).min)
+    for parts in (1, 3):
+        check_masked(2, 1, 4, 16, 90, mask, dtype, parts, sinks=True)
+        check_masked(2, 1, 4, 16, 90, keep, dtype, parts, sinks=True)
+    check_masked(1, 1, 4, 16, 90, mask[:1], dtype, 3, softcap=2.0)
+
+
+def test_bounds_of_a_mask() -> None:
+    keep = torch.zeros(3, 2, 1, 9, dtype=torch.bool, device=DEVICE)
+    keep[0, 0, 0, 3], keep[0, 1, 0, 6], keep[1, 0, 0, :] = True, True, True
+    assert mask_bounds(keep).tolist() == [[3, 7], [0, 9], [0, 9]]
+    for hidden in (float("-inf"), torch.finfo(torch.float32).min):
+        assert mask_bounds(torch.zeros(keep.shape, device=DEVICE).masked_fill(~keep, hidden)).tolist() == [
+            [3, 7], [0, 9], [0, 9],
+        ]  # fmt: skip
+    # Floats that merely discourage are read.
+    assert mask_bounds(torch.full((1, 1, 1, 4), -1e9, device=DEVICE)).tolist() == [[0, 4]]
+
+
+def test_a_row_hidden_by_finite_floats_is_a_mean() -> None:
+    """Every score is the least float then: softmax gives all entries the same weight, as eager attention does."""
+    mask = torch.full((1, 1, 1, 40), torch.finfo(torch.float32).min, device=DEVICE)
+    check_masked(1, 1, 2, 16, 40, mask, torch.float32, parts=2)
 
 
 def test_a_mask_for_each_head_and_a_row_that_keeps_nothing() -> None:
@@ -113,16 +154,16 @@ def test_a_mask_for_each_head_and_a_row_that_keeps_nothing() -> None:
 @given(
     B=st.integers(1, 2), kv=st.integers(1, 2), group=st.integers(1, 5), D=st.integers(1, 40),
     capacity=st.integers(1, 70), parts=st.integers(1, 4), share=st.floats(0, 1), added=st.booleans(),
-    dtype=st.sampled_from(DTYPES), seed=st.integers(0, 99),
+    sinks=st.booleans(), softcap=st.sampled_from([0.0, 3.0]), dtype=st.sampled_from(DTYPES), seed=st.integers(0, 99),
 )  # fmt: skip
 def test_any_mask(
-    B: int, kv: int, group: int, D: int, capacity: int, parts: int, share: float, added: bool, dtype: torch.dtype,
-    seed: int,
+    B: int, kv: int, group: int, D: int, capacity: int, parts: int, share: float, added: bool, sinks: bool,
+    softcap: float, dtype: torch.dtype, seed: int,
 ) -> None:  # fmt: skip
     mask = (torch.rand(B, 1, 1, capacity, generator=torch.Generator().manual_seed(seed)) < share).to(DEVICE)
     if added:
         mask = torch.where(mask, normal(B, 1, 1, capacity, seed=seed), float("-inf"))
-    check_masked(B, kv, group, D, capacity, mask, dtype, parts)
+    check_masked(B, kv, group, D, capacity, mask, dtype, parts, sinks=sinks, softcap=softcap)
 
 
 def test_sdpa_is_what_the_masked_op_computes() -> None:

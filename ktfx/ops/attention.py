@@ -1,4 +1,5 @@
-"""Attention of one new token over a cache: by length (``ktfx::attention_decode``) or by mask, defined in ATen."""
+"""Attention of one new token over a cache: by length (``ktfx::attention_decode``) or by mask
+(``ktfx::attention_decode_masked``), defined in ATen."""
 
 from __future__ import annotations
 
@@ -99,33 +100,72 @@ def _(
 
 
 def attention_decode_masked_reference(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, scale: float
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    mask: torch.Tensor | None,
+    scale: float,
+    sinks: torch.Tensor | None = None,
+    softcap: float = 0.0,
 ) -> torch.Tensor:
     """The definition, in ATen; float32 or wider. A row of which the mask keeps nothing gives 0, as SDPA does."""
     wide = torch.promote_types(q.dtype, torch.float32)
     group = q.shape[1] // k.shape[1]
     keys, values = (t.to(wide).repeat_interleave(group, 1) for t in (k, v))
     scores = q.to(wide) @ keys.transpose(2, 3) * scale
+    if softcap > 0:
+        scores = torch.tanh(scores / softcap) * softcap
     if mask is not None and mask.dtype == torch.bool:
         scores = scores.masked_fill(~mask, float("-inf"))
     elif mask is not None:
         scores = scores + mask.to(wide)
+    if sinks is not None:
+        scores = torch.cat((scores, sinks.to(wide).view(1, -1, 1, 1).expand(scores.shape[0], -1, 1, 1)), -1)
     hidden = (scores == float("-inf")).all(-1, keepdim=True)
-    p = torch.where(hidden, 0.0, scores.softmax(-1))
+    p = torch.where(hidden, 0.0, scores.softmax(-1))[..., : k.shape[2]]
     return (p @ values).to(q.dtype)
+
+
+_library = torch.library.Library("ktfx", "FRAGMENT")
+# Composite: the compiler sees the ATen in it and makes it part of the kernel that makes the mask.
+_library.define("mask_bounds(Tensor mask) -> Tensor")
+
+
+@torch.library.impl(_library, "mask_bounds", "CompositeImplicitAutograd")
+def mask_bounds(mask: torch.Tensor) -> torch.Tensor:
+    """First entry that a mask (B, heads, 1, L) keeps for any head, and one past the last: (B, 2) int32.
+
+    Hidden are False, and a float that is -inf or the least of its dtype. (0, L) where all is hidden.
+    """
+    length = mask.shape[3]
+    seen = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min
+    position = torch.arange(length, device=mask.device, dtype=torch.int32)
+    first = torch.where(seen, position, length).amin((1, 2, 3))
+    last = torch.where(seen, position + 1, 0).amax((1, 2, 3))
+    nothing = last == 0
+    return torch.stack((torch.where(nothing, 0, first), torch.where(nothing, length, last)), -1).to(torch.int32)
 
 
 @torch.library.custom_op("ktfx::attention_decode_masked", mutates_args=())
 def attention_decode_masked(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, scale: float
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    mask: torch.Tensor | None,
+    scale: float,
+    sinks: torch.Tensor | None = None,
+    softcap: float = 0.0,
+    bounds: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """softmax(q·kᵀ·scale + mask)·v: scaled_dot_product_attention of one query token, (B, Hq, 1, DV) contiguous.
 
     q (B, Hq, 1, D); k (B, Hkv, L, D), v (B, Hkv, L, DV): the whole static cache, not repeated for the query heads of a
-    group. mask: None, or (1 or B, 1 or Hq, 1, L), booleans (True: attended to) or floats that are added; blocks of the
-    cache that it hides from every head of a group are not read.
+    group. mask: None, or (1 or B, 1 or Hq, 1, L), booleans (True: attended to) or floats that are added. sinks (Hq,): a
+    logit a head that takes probability and adds nothing (gpt-oss). softcap: 0, or c in c·tanh(score/c) before the mask
+    (Gemma 2). bounds: ``ktfx::mask_bounds`` of the mask, made here if not given; the cache is read between them
+    only.
     """
-    _check(q, k, v, torch.zeros(1, dtype=torch.int64), None)
+    _check(q, k, v, torch.zeros(1, dtype=torch.int64), sinks)
     if mask is not None:
         wanted = ((1, q.shape[0]), (1, q.shape[1]), (1,), (k.shape[2],))
         if mask.dim() != 4 or any(size not in sizes for size, sizes in zip(mask.shape, wanted, strict=True)):
@@ -134,13 +174,31 @@ def attention_decode_masked(
                 expected=f"(1 or {q.shape[0]}, 1 or {q.shape[1]}, 1, {k.shape[2]})",
                 mend="give the mask of scaled_dot_product_attention, four-dimensional",
             )
+    if bounds is not None and (mask is None or bounds.shape != (mask.shape[0], 2) or bounds.dtype != torch.int32):
+        raise KtfxError(
+            f"attention_decode_masked got bounds {bounds.dtype} {tuple(bounds.shape)}",
+            expected="a mask, and (its first dimension, 2) int32",
+            mend="give ktfx::mask_bounds(mask), or leave them out",
+        )
     if runs_kernels(q):
         out = torch.empty(*q.shape[:3], v.shape[3], dtype=q.dtype, device=q.device)
-        result: torch.Tensor = kernels("attention_decode").attention_decode_masked(q, k, v, mask, scale, out)
+        if mask is not None and bounds is None:
+            bounds = mask_bounds(mask)
+        family = kernels("attention_decode")
+        result: torch.Tensor = family.attention_decode_masked(q, k, v, mask, bounds, scale, sinks, softcap, out)
         return result
-    return attention_decode_masked_reference(q, k, v, mask, scale).contiguous()
+    return attention_decode_masked_reference(q, k, v, mask, scale, sinks, softcap).contiguous()
 
 
 @attention_decode_masked.register_fake
-def _(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, scale: float) -> torch.Tensor:
+def _(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    mask: torch.Tensor | None,
+    scale: float,
+    sinks: torch.Tensor | None = None,
+    softcap: float = 0.0,
+    bounds: torch.Tensor | None = None,
+) -> torch.Tensor:
     return q.new_empty([*q.shape[:3], v.shape[3]])
