@@ -61,11 +61,11 @@ class Call:
 
 @dataclass
 class _Found:
-    """What a run has come to: modules rewritten, the nearest failure in each, and the bounds of each mask."""
+    """What a run has come to: modules rewritten, the nearest failure in each, each mask's bounds by device."""
 
     done: set[str] = field(default_factory=set)
     failures: dict[str, Failure] = field(default_factory=dict)
-    bounds: dict[fx.Node, fx.Node] = field(default_factory=dict)
+    bounds: dict[tuple[fx.Node, str], fx.Node] = field(default_factory=dict)
 
 
 @register_pass
@@ -131,7 +131,7 @@ class FuseAttention(Pass):
             return
         if not context.allows("fuse_attention", module):
             return
-        bounds = None if call.mask is None else _bounds(graph, call.mask, found)
+        bounds = None if call.mask is None else _bounds(graph, call.mask, node, context, found)
         with graph.inserting_before(node):
             new = insert_call(
                 graph,
@@ -154,14 +154,33 @@ class FuseAttention(Pass):
         )
 
 
-def _bounds(graph: fx.Graph, mask: fx.Node, found: _Found) -> fx.Node:
-    """The mask's bounds, found once where the mask is made, for all layers that share it."""
-    if mask not in found.bounds:
-        first_call = next(n for n in graph.nodes if n.op != "placeholder")
-        point = graph.inserting_before(first_call) if mask.op == "placeholder" else graph.inserting_after(mask)
-        with point:
-            found.bounds[mask] = insert_call(graph, torch.ops.ktfx.mask_bounds.default, (mask,), like=mask)
-    return found.bounds[mask]
+def _bounds(graph: fx.Graph, mask: fx.Node, reader: fx.Node, context: PassContext, found: _Found) -> fx.Node:
+    """The mask's bounds, found once a device for all layers that share the mask.
+
+    Where the mask is made, or else before the first layer on its device that reads it and outside that layer, which so
+    stays equal to the others.
+    """
+    device = device_name(reader, context)
+    if (mask, device) not in found.bounds:
+        target = torch.ops.ktfx.mask_bounds.default
+        if mask.op == "call_function" and device_name(mask, context) == device:
+            with graph.inserting_after(mask):
+                made = insert_call(graph, target, (mask,), like=mask)
+        else:
+            with graph.inserting_before(_begin_of_layer(graph, reader, mask)):
+                made = insert_call(graph, target, (mask,), like=reader, layer=None)
+        found.bounds[(mask, device)] = made
+    return found.bounds[(mask, device)]
+
+
+def _begin_of_layer(graph: fx.Graph, node: fx.Node, after: fx.Node) -> fx.Node:
+    """The first node of the node's layer that comes after ``after``."""
+    layer = info(node).layer
+    nodes = list(graph.nodes)
+    for other in nodes[nodes.index(after) + 1 : nodes.index(node)]:
+        if layer is not None and other.op == "call_function" and info(other).layer == layer:
+            return other
+    return node
 
 
 def read_call(node: fx.Node) -> Call | str:

@@ -223,6 +223,21 @@ def test_bounds_are_found_once_for_layers_that_share_a_mask() -> None:
     assert done.ops["ktfx.mask_bounds.default"] == 1
 
 
+def test_bounds_cross_to_no_other_device_and_leave_layers_equal() -> None:
+    """Two layers a GPU: one compile for each pair, and no transfer besides the hidden states, masks and tables."""
+    model = tiny_model("gpt_oss", layers=4)
+    rules = {"ktfx": 1, "devices": DEVICES, "default_device": "gpu0", "layers": {"0-1": "gpu0", "2-3": "gpu1"}}
+    counts = {}
+    for passes in (["fuse_attention"], []):
+        torch._dynamo.reset()
+        ktfx.compile(model, {**rules, "passes": passes, "rules": []}, simulate="cpu", partition_backend="eager")
+        run_steps(model, torch.tensor([[5, 6]]), 2, static_cache(model, 40))
+        graph = ktfx.state_of(model).graphs[-1]
+        pairs = zip(graph.built.units, graph.built.graphs, strict=True)
+        counts[bool(passes)] = (len(graph.transfers()), len({g.key for u, g in pairs if u.layer is not None}))
+    assert counts[True] == counts[False]
+
+
 @pytest.mark.parametrize(
     ("family", "implementation"),
     [
