@@ -11,15 +11,18 @@ from typing import Any
 
 import torch
 
+from ktfx.placed_tensor import PlacedTensor
+
 # On a cache that was looked at: asking again would cost every step of generate().
 _MARK = "_ktfx_sliding_seen"
 
 
 def lengthen_sliding_layers(cache: Any, attention_mask: Any = None) -> int:
-    """Put plain static layers in the place of a fresh cache's sliding ones; returns how many.
+    """Put plain static layers, of the length of the cache's full ones, in the place of its sliding ones; how many.
 
-    cache: a transformers ``StaticCache`` into which nothing was written yet, whose other layers are full; any other is
-    left as it is (all layers slide, so that nobody knows the full length; layers of linear attention; offloading).
+    cache: a transformers ``StaticCache``; what a sliding layer holds is kept, at the positions where it belongs. Any
+    other cache is left as it is: one whose layers all slide (nobody knows the full length), with layers of linear
+    attention, offloaded, or placed already.
     attention_mask: the mask of the call about to be made. One that is made already, (B, 1, T, L) or a mapping of such,
     was sized by the layers as they are, which then stay.
     """
@@ -32,14 +35,11 @@ def lengthen_sliding_layers(cache: Any, attention_mask: Any = None) -> int:
     length = _full_length(cache)
     if length is None:
         return 0
-    from transformers.cache_utils import StaticLayer, StaticSlidingWindowLayer
+    from transformers.cache_utils import StaticSlidingWindowLayer
 
     sliding = [i for i, layer in enumerate(layers) if type(layer) is StaticSlidingWindowLayer]
     for index in sliding:
-        old, new = layers[index], StaticLayer(max_cache_len=length)
-        if old.is_initialized:
-            new.lazy_initialization(old.keys[:, :, :0], old.values[:, :, :0])
-        layers[index] = new
+        layers[index] = _lengthened(layers[index], length)
     return len(sliding)
 
 
@@ -51,8 +51,24 @@ def _full_length(cache: Any) -> int | None:
         return None
     lengths = set()
     for layer in cache.layers:
+        if type(layer) not in (StaticLayer, StaticSlidingWindowLayer) or isinstance(layer.keys, PlacedTensor):
+            return None
         if type(layer) is StaticLayer:
             lengths.add(layer.max_cache_len)
-        elif type(layer) is not StaticSlidingWindowLayer or layer.cumulative_length_int != 0:
-            return None
     return lengths.pop() if len(lengths) == 1 else None
+
+
+@torch.no_grad()
+def _lengthened(old: Any, length: int) -> Any:
+    """A static layer that holds what the sliding one does: the last tokens; no later one looks further back."""
+    from transformers.cache_utils import StaticLayer
+
+    new = StaticLayer(max_cache_len=length)
+    if old.is_initialized:
+        count = old.cumulative_length_int
+        held = min(count, old.max_cache_len)
+        new.lazy_initialization(old.keys[:, :, :0], old.values[:, :, :0])
+        new.keys[:, :, count - held : count] = old.keys[:, :, :held]
+        new.values[:, :, count - held : count] = old.values[:, :, :held]
+        new.cumulative_length.fill_(count)
+    return new

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +18,7 @@ from torch import nn
 import ktfx
 from ktfx import direct
 from ktfx.errors import OptionError
+from ktfx.program.cuda_graphs import CudaRecorder
 from ktfx.sliding_cache import lengthen_sliding_layers
 
 ONE_GPU = {"ktfx": 1, "devices": DEVICES, "default_device": "gpu0", "rules": []}
@@ -201,19 +203,22 @@ def test_a_ready_mask_keeps_the_layers_it_was_sized_by() -> None:
 
 
 def test_caches_that_stay_as_they_are() -> None:
-    from transformers import DynamicCache, StaticCache
+    from transformers import DynamicCache
 
     sliding = two_layers("gpt_oss", layer_types=["sliding_attention"] * 2)
     linear = tiny_model("qwen3_next")
     mixed = two_layers("gpt_oss")
-    used = static_cache(mixed, 64)
-    run_steps(mixed, prompt(), 1, used)
+    ktfx.compile(mixed, ONE_GPU, sliding_cache="window", **EAGER)
+    placed = static_cache(mixed, 64)
+    run_steps(mixed, prompt(), 0, placed)
+    offloaded = static_cache(mixed, 64)
+    offloaded.offloading = True  # asked for when it is made, it wants a stream of a GPU
     for cache in (
         static_cache(sliding, 64),
         static_cache(linear, 64),
-        used,
+        placed,
         DynamicCache(config=mixed.config),
-        StaticCache(config=mixed.config, max_cache_len=64, offloading=True),
+        offloaded,
         None,
     ):
         before = copy.copy(getattr(cache, "layers", None))
@@ -229,6 +234,20 @@ def test_layers_that_were_built_early_are_built_again() -> None:
     assert [tuple(layer.keys.shape) for layer in cache.layers] == [(2, 2, 64, 8)] * 2
 
 
+@pytest.mark.parametrize("length", [5, WINDOW, WINDOW + 9])
+def test_a_cache_filled_by_the_model_itself_goes_on(counted: Counted, length: int) -> None:
+    """An eager prefill, shorter and longer than the window, then compiled steps on the same cache."""
+    model = two_layers("gpt_oss")
+    want = run_steps(model, prompt(length=length), 6, static_cache(model, 64))
+    cache = static_cache(model, 64)
+    first = run_steps(model, prompt(length=length), 0, cache, forced=want.tokens)
+    ktfx.compile(model, ONE_GPU, **EAGER)
+    after = run_steps(model, torch.tensor(first.tokens), 5, cache, forced=want.tokens[1:])
+    after.logits, after.tokens = first.logits + after.logits, first.tokens + after.tokens
+    compare(after, want, FLOAT32_TOLERANCE)
+    assert counted.ran >= 3 and not any(layer.is_sliding for layer in cache.layers)
+
+
 @pytest.mark.slow
 def test_a_model_whose_layers_all_slide_still_equals_eager() -> None:
     model = two_layers("gpt_oss", layer_types=["sliding_attention"] * 2)
@@ -236,3 +255,29 @@ def test_a_model_whose_layers_all_slide_still_equals_eager() -> None:
     ktfx.compile(model, ONE_GPU, **EAGER)
     got = run_steps(model, prompt(), WINDOW + 4, static_cache(model, 64), forced=want.tokens)
     compare(got, want, FLOAT32_TOLERANCE)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("family", ["gpt_oss", "gemma3_text"])
+def test_on_a_real_gpu(counted: Counted, monkeypatch: pytest.MonkeyPatch, family: str) -> None:
+    recorders: list[CudaRecorder] = []
+
+    def recorder() -> CudaRecorder:
+        recorders.append(CudaRecorder())
+        return recorders[-1]
+
+    monkeypatch.setattr(direct, "CudaRecorder", recorder)
+    rules: dict[str, Any] = {"ktfx": 1, "default_device": "cuda:0", "rules": []}
+    if family == "gpt_oss":
+        rules["rules"] = [{"match": {"module": "experts"}, "replace": {"op": "experts.triton"}}]
+    model = two_layers(family)
+    steps = WINDOW + 33
+    want = run_steps(model, prompt(2), steps, static_cache(model, 64))
+    ktfx.compile(model, rules)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", ".*without a CUDA graph", ktfx.KtfxWarning)
+        compare(run_steps(model, prompt(2), steps, static_cache(model, 64), forced=want.tokens), want, 1e-3)
+    assert counted.ran >= steps - 3 and len(recorders) == 1
+    (record,) = [r for r in ktfx.state_of(model).graphs[-1].records if r.name == "fuse_attention"]
+    assert len(record.rewrites) == 2

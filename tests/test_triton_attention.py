@@ -192,3 +192,16 @@ def test_real_sizes(D: int) -> None:
         parts=None,
         block=32 if D > 256 else 64,
     )
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+@pytest.mark.parametrize("D", [64, 128, 256])
+@pytest.mark.parametrize("window", [128, 1024, 20000])
+def test_real_windows(D: int, window: int) -> None:
+    """gpt-oss's and Gemma's sizes; the cache is NaN outside the window, and many parts have nothing to do."""
+    position = torch.arange(20000, device=DEVICE)
+    keep = ((position > 15000 - window) & (position <= 15000)).view(1, 1, 1, -1)
+    mask = torch.where(keep, torch.zeros((), dtype=torch.bfloat16, device=DEVICE), torch.finfo(torch.bfloat16).min)
+    for given in (mask, keep):
+        check_masked(2, 2, 8, D, 20000, given, torch.bfloat16, block=64, sinks=True)
