@@ -203,5 +203,5 @@ def test_real_windows(D: int, window: int) -> None:
     position = torch.arange(20000, device=DEVICE)
     keep = ((position > 15000 - window) & (position <= 15000)).view(1, 1, 1, -1)
     mask = torch.where(keep, torch.zeros((), dtype=torch.bfloat16, device=DEVICE), torch.finfo(torch.bfloat16).min)
-    for given in (mask, keep):
-        check_masked(2, 2, 8, D, 20000, given, torch.bfloat16, block=64, sinks=True)
+    for one in (mask, keep):
+        check_masked(2, 2, 8, D, 20000, one, torch.bfloat16, block=64, sinks=True)
