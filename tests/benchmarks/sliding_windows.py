@@ -78,14 +78,11 @@ def attention(length: int, bandwidth: float) -> None:
     device, dtype = "cuda", torch.bfloat16
     q = torch.randn(1, 64, 1, 64, device=device, dtype=dtype)
     k, v = (torch.randn(1, 8, length, 64, device=device, dtype=dtype) for _ in range(2))
-    module: Any = SimpleNamespace(
-        sinks=torch.randn(64, device=device, dtype=dtype), num_key_value_groups=8, training=False
-    )
+    sinks = torch.randn(64, device=device, dtype=dtype)
+    module: Any = SimpleNamespace(sinks=sinks, num_key_value_groups=8, training=False)
     position = torch.arange(length, device=device)
-    for name, keep in (
-        ("window", (position >= length - 9 - WINDOW) & (position < length - 9)),
-        ("full", position >= 0),
-    ):
+    last = (position >= length - 9 - WINDOW) & (position < length - 9)
+    for name, keep in (("window", last), ("full", position >= 0)):
         mask = torch.where(keep, 0.0, torch.finfo(dtype).min).to(dtype).view(1, 1, 1, -1)
         bounds = torch.ops.ktfx.mask_bounds(mask)
         seen = torch.tensor([length - 9 if name == "window" else length], device=device)
