@@ -115,10 +115,11 @@ class FuseAttention(Pass):
 
     @staticmethod
     def _note(failure: Failure, context: PassContext, found: _Found) -> None:
-        """Keep the nearest failure of an attention module, where at least the softmax was found."""
-        module = role_module(info(failure.root).module, ("attention",), context)
-        held = found.failures.get(module or "")
-        if module is not None and failure.matched > max(1, held.matched if held else 0):
+        """Keep the nearest failure of a module, where at least the softmax before the product was found."""
+        own = info(failure.root).module
+        module = role_module(own, ("attention",), context) or own
+        held = found.failures.get(module)
+        if "aten.softmax" in dict(failure.pairs) and (held is None or failure.matched > held.matched):
             found.failures[module] = failure
 
     @staticmethod

@@ -209,6 +209,28 @@ def test_attention_written_out_that_is_something_else(options: dict[str, Any], m
     torch.testing.assert_close(done.out, done.expected)
 
 
+def test_probabilities_that_are_read_elsewhere_are_a_miss() -> None:
+    class Watched(WrittenOut):
+        def forward(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+            k, v = repeat_kv(k, 2), repeat_kv(v, 2)
+            p = torch.softmax(q @ k.transpose(2, 3) * 0.3, -1)
+            return p @ v + p.amax()
+
+    done = run(Watched(), mask="none")
+    assert not done.context.rewrites
+    (miss,) = done.context.misses
+    assert miss.module == "attention" and "also read by" in miss.why
+
+
+def test_a_product_that_follows_no_softmax_is_no_miss() -> None:
+    class Linear(nn.Module):
+        def forward(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+            return torch.sigmoid(q @ repeat_kv(k, 2).transpose(2, 3)) @ repeat_kv(v, 2)
+
+    done = run(Linear(), mask="none")
+    assert not done.context.rewrites and not done.context.misses
+
+
 def test_bounds_are_found_once_for_layers_that_share_a_mask() -> None:
     class Twice(nn.Module):
         def __init__(self) -> None:
