@@ -252,19 +252,18 @@ def _checked(call: Call) -> Call | str:
         return f"it has {q_val.shape[2]} query tokens, not one"
     if not (q_val.dtype == k_val.dtype == v_val.dtype == out.dtype) or q_val.dtype not in _DTYPES:
         return f"its dtypes are {q_val.dtype}, {k_val.dtype}, {v_val.dtype}, {out.dtype}"
-    if not same_size(k_val.shape[2], v_val.shape[2]):
-        return f"it has {k_val.shape[2]} keys and {v_val.shape[2]} values"
     if not isinstance(call.scale, float):
         return "its scale is not a number known at compile time"
     mask = call.mask
     if mask is not None:
         mask = strip(mask)
         mask_val = tensor_of(mask)
-        wanted = (q_val.shape[0], q_val.shape[1], 1, k_val.shape[2])
         if mask_val is None or mask_val.dim() != 4:
             return "its mask is not four-dimensional"
-        broadcast = all(same_size(m, 1) or same_size(m, w) for m, w in zip(mask_val.shape[:2], wanted, strict=False))
-        if not broadcast or not same_shape(mask_val.shape[2:], wanted[2:]):
+        wanted = ((1, q_val.shape[0]), (1, q_val.shape[1]), (1,), (k_val.shape[2],))
+        # A symbol is not 1, so it is the size that it is broadcast with.
+        known = [(m, sizes) for m, sizes in zip(mask_val.shape, wanted, strict=True) if isinstance(m, int)]
+        if any(not any(same_size(m, size) for size in sizes) for m, sizes in known):
             return f"its mask is {list(mask_val.shape)}"
     keys, key_nodes = before_repeat(call.k)
     values, value_nodes = before_repeat(call.v)

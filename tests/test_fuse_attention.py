@@ -246,18 +246,18 @@ def test_bounds_are_found_once_for_layers_that_share_a_mask() -> None:
 
 
 def test_bounds_cross_to_no_other_device_and_leave_layers_equal() -> None:
-    """Two layers a GPU: one compile for each pair, and no transfer besides the hidden states, masks and tables."""
-    model = tiny_model("gpt_oss", layers=4)
-    rules = {"ktfx": 1, "devices": DEVICES, "default_device": "gpu0", "layers": {"0-1": "gpu0", "2-3": "gpu1"}}
+    """A layer a GPU: one compile for both, and no transfer besides the hidden states, masks and tables."""
+    model = tiny_model("gpt_oss", layers=2)
+    rules = {"ktfx": 1, "devices": DEVICES, "default_device": "gpu0", "layers": {0: "gpu0", 1: "gpu1"}}
     counts = {}
     for passes in (["fuse_attention"], []):
         torch._dynamo.reset()
         ktfx.compile(model, {**rules, "passes": passes, "rules": []}, simulate="cpu", partition_backend="eager")
-        run_steps(model, torch.tensor([[5, 6]]), 2, static_cache(model, 40))
+        run_steps(model, torch.tensor([[5]]), 0, static_cache(model, 40))
         graph = ktfx.state_of(model).graphs[-1]
         pairs = zip(graph.built.units, graph.built.graphs, strict=True)
         counts[bool(passes)] = (len(graph.transfers()), len({g.key for u, g in pairs if u.layer is not None}))
-    assert counts[True] == counts[False]
+    assert counts[True] == counts[False] and counts[True][1] == 1
 
 
 @pytest.mark.parametrize(
@@ -278,6 +278,37 @@ def test_parity_in_real_models(family: str, implementation: str | None) -> None:
     decode = state.graphs[-1]
     (record,) = [r for r in decode.records if r.name == "fuse_attention"]
     assert decode.phase == "generate" and len(record.rewrites) == 2 and not record.misses
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", pytest.param("gpt_oss", marks=pytest.mark.slow)])
+def test_a_cache_that_grows(family: str) -> None:
+    """Keys, values and mask have lengths of their own name each; they are equal all the same."""
+    from transformers import DynamicCache
+
+    torch._dynamo.reset()
+    model = tiny_model(family, layers=2)
+    ids = torch.tensor([[5, 6, 7], [7, 8, 9]])
+    mask = torch.tensor([[1, 1, 1], [0, 1, 1]])
+    want = run_steps(model, ids, 5, DynamicCache(config=model.config), mask)
+    ktfx.compile(model, {"ktfx": 1, **GPU}, simulate="cpu", partition_backend="eager", cache=None)
+    got = run_steps(model, ids, 5, DynamicCache(config=model.config), mask, want.tokens)
+    for mine, theirs in zip(got.logits, want.logits, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5)
+    decode = ktfx.state_of(model).graphs[-1]
+    (record,) = [r for r in decode.records if r.name == "fuse_attention"]
+    assert decode.phase == "generate" and len(record.rewrites) == 2 and not record.misses
+
+
+@pytest.mark.parametrize(
+    ("shape", "rewrites"), [((1, 1, 1, 12), 1), ((1, 4, 1, 12), 1), ((2, 1, 1, 12), 1), ((1, 1, 1, 1), 0), ((12,), 0)]
+)
+def test_masks_of_other_shapes(shape: tuple[int, ...], rewrites: int) -> None:
+    q, k, v = torch.randn(2, 4, 1, 8), torch.randn(2, 2, 12, 8), torch.randn(2, 2, 12, 8)
+    ids = torch.ones(2, 1, dtype=torch.int64)
+    passes = ("resolve_rules", "fuse_attention")
+    done = run_passes(Model(WrittenOut()), GPU, ids, q, k, v, torch.randn(shape), passes=passes)
+    torch.testing.assert_close(done.out, done.expected, atol=1e-5, rtol=1e-5)
+    assert len(done.context.rewrites) == rewrites and len(done.context.misses) == 1 - rewrites
 
 
 def test_it_can_be_switched_off() -> None:
