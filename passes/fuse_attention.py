@@ -30,15 +30,23 @@ _WRITTEN_OUT = "attention written out"
 
 
 def _patterns() -> Iterator[str]:
-    """Attention as models write it out: with a cap (Gemma 2), sinks (gpt-oss, with and without its shift), neither."""
+    """Attention as models write it out: with a cap (Gemma 2), sinks (gpt-oss), a shift by the maximum, or none."""
     for scaled in _SCALED:
         for capped in (scaled, f"aten.mul(aten.tanh(aten.div({scaled}, cap)), cap)"):
             for masked in (f"aten.add({capped}, mask)", capped):
-                yield f"aten.matmul(aten.to(aten.softmax({masked}, -1, s), d), v)"
-                logits = f"aten.cat([{masked}, sinks], -1)"
-                for shifted in (f"aten.sub({logits}, aten.max({logits}, -1, True)[0])", logits):
-                    kept = f"aten.slice(aten.softmax({shifted}, -1, s), -1, 0, end)"
+                for kept in (_softmax(masked), _softmax(_shifted(masked))):
                     yield f"aten.matmul(aten.to({kept}, d), v)"
+                logits = f"aten.cat([{masked}, sinks], -1)"
+                for every in (_softmax(_shifted(logits)), _softmax(logits)):
+                    yield f"aten.matmul(aten.to(aten.slice({every}, -1, 0, end), d), v)"
+
+
+def _shifted(logits: str) -> str:
+    return f"aten.sub({logits}, aten.max({logits}, -1, True)[0])"
+
+
+def _softmax(logits: str) -> str:
+    return f"aten.softmax({logits}, -1, s)"
 
 
 @dataclass(frozen=True)

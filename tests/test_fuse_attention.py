@@ -41,10 +41,11 @@ class WrittenOut(nn.Module):
     def __init__(
         self, times: int = 2, heads: int = 4, sinks: bool = False, shift: bool = True, cap: float | None = None,
         scale: str = "times", soft: torch.dtype | None = None, widen: bool = False, dropped: int = 1,
+        plain_softmax: bool = False,
     ) -> None:  # fmt: skip
         super().__init__()
         self.times, self.shift, self.cap, self.scale, self.soft = times, shift, cap, scale, soft
-        self.widen, self.dropped = widen, dropped
+        self.widen, self.dropped, self.plain_softmax = widen, dropped, plain_softmax
         self.sinks = nn.Parameter(torch.linspace(-1, 2, heads)) if sinks else None
 
     def forward(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
@@ -59,9 +60,9 @@ class WrittenOut(nn.Module):
         if self.sinks is not None:
             sinks = self.sinks.to(scores.dtype).reshape(1, -1, 1, 1).expand(q.shape[0], -1, q.shape[-2], -1)
             scores = torch.cat([scores, sinks], dim=-1)
-            if self.shift:
-                scores = scores - scores.max(dim=-1, keepdim=True).values
-        p = F.softmax(scores, dim=-1, dtype=self.soft or scores.dtype)
+        if self.shift and (self.sinks is not None or self.cap is None):
+            scores = scores - scores.max(dim=-1, keepdim=True).values
+        p = F.softmax(scores, dim=-1) if self.plain_softmax else F.softmax(scores, dim=-1, dtype=self.soft or q.dtype)
         if self.sinks is not None:
             p = p[..., : -self.dropped]
         p = F.dropout(p, p=0.1, training=self.training).to(v.dtype)
@@ -143,7 +144,9 @@ def test_prefill_and_the_host_keep_sdpa() -> None:
     [
         {},
         {"sinks": True},
+        {"shift": False},
         {"sinks": True, "shift": False, "soft": torch.float32},
+        {"sinks": True, "shift": False, "plain_softmax": True},
         {"cap": 2.0},
         {"scale": "over", "soft": torch.float32},
         {"scale": "none", "cap": 3.0, "sinks": True},
