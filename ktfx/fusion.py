@@ -84,7 +84,6 @@ class FusionPass(Pass):
     roles: ClassVar[tuple[str, ...]] = ()
     fusions: ClassVar[tuple[Fusion, ...]] = ()
     only_in_roles: ClassVar[bool] = False
-    default = False
 
     @dataclass(frozen=True)
     class Options:

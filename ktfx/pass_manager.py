@@ -134,7 +134,6 @@ class Pass:
     name: ClassVar[str] = ""
     numerics_preserving: ClassVar[bool] = True
     requires: ClassVar[tuple[str, ...]] = ()
-    default: ClassVar[bool] = True
 
     @dataclass(frozen=True)
     class Options:
@@ -197,6 +196,10 @@ DEFAULT_PIPELINE = (
     "rewrite_linears",
     "match_patterns",
     "fuse_attention",
+    "fuse_router",
+    "fuse_rope",
+    "fuse_norms",
+    "decode_linears",
     "assign_devices",
     "insert_transfers",
     "partition_by_device",

@@ -41,7 +41,6 @@ class MergeLinears(Pass):
 
     name = "merge_linears"
     numerics_preserving = True
-    default = False
 
     @dataclass(frozen=True)
     class Options:

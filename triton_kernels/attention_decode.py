@@ -12,6 +12,7 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
+from ktfx.triton_kernels.dependent_launch import dependent, wait_for_previous
 from ktfx.triton_kernels.dequant import narrow, product
 from ktfx.triton_kernels.launch import cdiv, on_its_device, pow2, sm_count
 
@@ -23,7 +24,9 @@ def _part_kernel(
     q_b, q_h, k_b, k_h, k_l, v_b, v_h, v_l,
     GROUP: tl.constexpr, GP: tl.constexpr, DP: tl.constexpr, DVP: tl.constexpr, BL: tl.constexpr, PARTS: tl.constexpr,
     SOFTCAP: tl.constexpr, SPAN: tl.constexpr, MASK: tl.constexpr, BY_HEAD: tl.constexpr,
+    DEPENDENT: tl.constexpr = False,
 ):  # fmt: skip
+    wait_for_previous(DEPENDENT)
     # SPAN: what lengths_ptr holds: "length", "window" (also lengths), "bounds" (first and last), or nothing ("all").
     # MASK: "", "keep" (booleans) or "add" (floats); BY_HEAD: each query head has its own.
     part, head, b = tl.program_id(0), tl.program_id(1), tl.program_id(2)
@@ -92,7 +95,9 @@ def _part_kernel(
 def _merge_kernel(
     acc_ptr, stat_ptr, sinks_ptr, out_ptr, heads_kv, DV, o_b, o_h,
     GROUP: tl.constexpr, PARTS: tl.constexpr, PP: tl.constexpr, DVP: tl.constexpr, SINKS: tl.constexpr,
+    DEPENDENT: tl.constexpr = False,
 ):  # fmt: skip
+    wait_for_previous(DEPENDENT)
     h, b = tl.program_id(0), tl.program_id(1)
     head, g = h // GROUP, h % GROUP
     part, dv = tl.arange(0, PP), tl.arange(0, DVP)
@@ -173,10 +178,11 @@ def _launch(
         q.stride(0), q.stride(1), k.stride(0), k.stride(1), k.stride(2), v.stride(0), v.stride(1), v.stride(2),
         GROUP=group, GP=max(16, pow2(group)), DP=max(16, pow2(D)), DVP=max(16, pow2(DV)), BL=block, PARTS=n,
         SOFTCAP=softcap > 0, SPAN=span, MASK=kind, BY_HEAD=by_head,
-        num_warps=8 if wide else 4, num_stages=2 if wide else 3,
+        num_warps=8 if wide else 4, num_stages=2 if wide else 3, **dependent(q.device),
     )  # fmt: skip
     _merge_kernel[(heads, B)](
         acc, stat, q if sinks is None else sinks.contiguous(), out, heads_kv, DV, out.stride(0), out.stride(1),
         GROUP=group, PARTS=n, PP=pow2(n), DVP=pow2(DV), SINKS=sinks is not None, num_warps=4,
+        **dependent(q.device),
     )  # fmt: skip
     return out

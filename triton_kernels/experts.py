@@ -21,6 +21,7 @@ from dataclasses import dataclass, replace
 import torch
 import triton
 import triton.language as tl
+from ktfx.triton_kernels.dependent_launch import dependent, prefetch_rows, wait_for_previous
 from ktfx.triton_kernels.dequant import activation, gated, narrow
 from ktfx.triton_kernels.grouping import group_pairs
 from ktfx.triton_kernels.launch import cdiv, on_its_device, pow2
@@ -44,8 +45,9 @@ def _pairs_up_kernel(
     E, H, inter, ldw, lds, alpha, limit,
     TOPK: tl.constexpr, L: tl.constexpr, FMT: tl.constexpr, G: tl.constexpr, ACT: tl.constexpr, GATE: tl.constexpr,
     BIAS: tl.constexpr, NATIVE: tl.constexpr, R: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr,
-    WORDS: tl.constexpr,
+    WORDS: tl.constexpr, DEPENDENT: tl.constexpr = False,
 ):  # fmt: skip
+    wait_for_previous(DEPENDENT)
     s = tl.program_id(1)
     e = tl.load(ids_ptr + s).to(tl.int64)
     i = tl.program_id(0) * R + tl.arange(0, R)
@@ -78,7 +80,7 @@ def _pairs_down_kernel(
     E, H, inter, ldw, lds,
     TOPK: tl.constexpr, KP: tl.constexpr, FMT: tl.constexpr, G: tl.constexpr, BIAS: tl.constexpr, NATIVE: tl.constexpr,
     R: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr,
-    WORDS: tl.constexpr,
+    WORDS: tl.constexpr, LINES: tl.constexpr = 0, DEPENDENT: tl.constexpr = False,
 ):  # fmt: skip
     t = tl.program_id(1)
     k = tl.arange(0, KP)
@@ -88,6 +90,11 @@ def _pairs_down_kernel(
     n = tl.program_id(0) * R + tl.arange(0, R)
     ok = valid[:, None] & (n < H)[None, :]
     row, srow = e[:, None] * H + n[None, :], scale_row(e[:, None], n[None, :], H, FMT)
+    # The kernel before is _pairs_up_kernel, which let this one begin when the choice of experts was there to be read.
+    if DEPENDENT and LINES > 0:
+        there = tl.minimum(tl.maximum(e, 0), E - 1)[:, None] * H + tl.minimum(n, H - 1)[None, :]
+        prefetch_rows(w_ptr, tl.reshape(there, (KP * R,)), inter, ldw, LINES)
+    wait_for_previous(DEPENDENT)
     xrow = (t * TOPK + tl.where(valid, k, 0)).to(tl.int64) * inter
     acc = accumulator(KP, R, FMT, G, BK, WORDS)
     for i0 in tl.range(0, inter, BK, num_stages=STAGES):
@@ -378,14 +385,14 @@ def _run_pairs(
         E, H, inter, up.ldw, up.lds, spec.alpha, spec.limit,
         TOPK=K, L=L, ACT=spec.activation, GATE=spec.gate, R=first.R, BK=first.BK, STAGES=first.STAGES,
         WORDS=up.words(x, H, first.BK),
-        num_warps=first.num_warps, BIAS=spec.has_bias, **up.constants(),
+        num_warps=first.num_warps, BIAS=spec.has_bias, **dependent(x.device), **up.constants(),
     )  # fmt: skip
     _pairs_down_kernel[(cdiv(H, second.R), T)](
         h, ids, weights, down.data, down.scales, down.zeros, biases[1], out,
         E, H, inter, down.ldw, down.lds,
         TOPK=K, KP=pow2(K), R=second.R, BK=second.BK, STAGES=second.STAGES,
-        WORDS=down.words(h, inter, second.BK),
-        num_warps=second.num_warps, BIAS=spec.has_bias, **down.constants(),
+        WORDS=down.words(h, inter, second.BK), LINES=down.lines,
+        num_warps=second.num_warps, BIAS=spec.has_bias, **dependent(x.device), **down.constants(),
     )  # fmt: skip
 
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 import triton
 import triton.language as tl
+from ktfx.triton_kernels.dependent_launch import dependent, prefetch_rows, wait_for_previous
 from ktfx.triton_kernels.dequant import narrow
 from ktfx.triton_kernels.launch import cdiv, interpreted, on_its_device, pow2, sm_count
 from ktfx.triton_kernels.matmul import (
@@ -30,9 +31,13 @@ def _rows_kernel(
     x_ptr, w_ptr, s_ptr, z_ptr, b_ptr, y_ptr, N, K, ldx, ldw, lds,
     FMT: tl.constexpr, G: tl.constexpr, BIAS: tl.constexpr, NATIVE: tl.constexpr,
     R: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr, WORDS: tl.constexpr,
+    LINES: tl.constexpr = 0, DEPENDENT: tl.constexpr = False,
 ):  # fmt: skip
     m = tl.program_id(1)
     n = tl.program_id(0) * R + tl.arange(0, R)
+    if DEPENDENT and LINES > 0:
+        prefetch_rows(w_ptr, tl.minimum(n, N - 1).to(tl.int64), K, ldw, LINES)
+    wait_for_previous(DEPENDENT)
     row, ok = n[None, :].to(tl.int64), (n < N)[None, :]
     srow = scale_row(tl.zeros((1, 1), tl.int64), row, N, FMT)
     xrow = tl.zeros((1,), tl.int64) + m.to(tl.int64) * ldx
@@ -157,7 +162,8 @@ def linear(
     if c.rows:
         _rows_kernel[(cdiv(N, c.R), M)](
             flat, weight.data, weight.scales, weight.zeros, b, y, N, K, flat.stride(0), weight.ldw, weight.lds,
-            R=c.R, BK=c.BK, STAGES=c.num_stages, WORDS=weight.words(flat, K, c.BK), num_warps=c.num_warps, **shared,
+            R=c.R, BK=c.BK, STAGES=c.num_stages, WORDS=weight.words(flat, K, c.BK), num_warps=c.num_warps,
+            LINES=weight.lines, **dependent(x.device), **shared,
         )  # fmt: skip
         return y
     span = cdiv(cdiv(K, c.SPLIT), max(c.BK, weight.group)) * max(c.BK, weight.group)  # parts begin at whole groups

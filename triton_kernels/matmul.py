@@ -13,7 +13,7 @@ import torch
 import triton
 import triton.language as tl
 from ktfx.triton_kernels.dequant import e2m1, e4m3, group_offset, load_group_scale, narrow, nibbles, product
-from ktfx.triton_kernels.launch import bytes_view, native_fp8
+from ktfx.triton_kernels.launch import bytes_view, cdiv, native_fp8, pow2
 
 from ktfx.formats import FP8_BLOCK, parse_format
 
@@ -270,6 +270,12 @@ class StoredWeight:
     @property
     def nibbles(self) -> bool:
         return self.fmt in ("int4", "int4zp", "mxfp4")
+
+    @property
+    def lines(self) -> int:
+        """Lines of 128 bytes that hold a row, as a power of two; 0 for rows too long to be worth asking for ahead."""
+        lines = pow2(cdiv(self.ldw * self.data.element_size(), 128))
+        return lines if lines <= 256 else 0
 
     def words(self, x: torch.Tensor, K: int, BK: int) -> bool:
         """Whether ``multiply_words`` can be used: 16-bit inputs in 8-byte runs, weights in 16-byte runs."""

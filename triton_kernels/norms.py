@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
+from ktfx.triton_kernels.dependent_launch import dependent, wait_for_previous
 from ktfx.triton_kernels.dequant import narrow
 from ktfx.triton_kernels.launch import cdiv, on_its_device, pow2
 
@@ -12,8 +13,9 @@ from ktfx.triton_kernels.launch import cdiv, on_its_device, pow2
 @triton.jit
 def _rms_norm_kernel(
     x_ptr, residual_ptr, w_ptr, y_ptr, sum_ptr, rows, D, eps,
-    KIND: tl.constexpr, ADD: tl.constexpr, ROWS: tl.constexpr, DP: tl.constexpr,
+    KIND: tl.constexpr, ADD: tl.constexpr, ROWS: tl.constexpr, DP: tl.constexpr, DEPENDENT: tl.constexpr = False,
 ):  # fmt: skip
+    wait_for_previous(DEPENDENT)
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     d = tl.arange(0, DP)
     at = row[:, None] * D + d[None, :]
@@ -59,5 +61,6 @@ def rms_norm(
         _rms_norm_kernel[(cdiv(rows, per),)](
             x, x if residual is None else residual, weight, y, total, rows, D, eps,
             KIND=kind, ADD=residual is not None, ROWS=per, DP=DP, num_warps=min(16, max(1, per * DP // 512)),
+            **dependent(x.device),
         )  # fmt: skip
     return y, total

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
+from ktfx.triton_kernels.dependent_launch import dependent, wait_for_previous
 from ktfx.triton_kernels.dequant import narrow
 from ktfx.triton_kernels.launch import cdiv, on_its_device, pow2
 
@@ -13,8 +14,9 @@ from ktfx.triton_kernels.launch import cdiv, on_its_device, pow2
 def _rope_kernel(
     x_ptr, cos_ptr, sin_ptr, y_ptr, heads, length, D, pairs,
     x_b, x_h, x_s, y_b, y_h, y_s, t_b, t_s,
-    STYLE: tl.constexpr, HEADS: tl.constexpr, PP: tl.constexpr, RESTP: tl.constexpr,
+    STYLE: tl.constexpr, HEADS: tl.constexpr, PP: tl.constexpr, RESTP: tl.constexpr, DEPENDENT: tl.constexpr = False,
 ):  # fmt: skip
+    wait_for_previous(DEPENDENT)
     b, s = tl.program_id(0) // length, tl.program_id(0) % length
     h = tl.program_id(1) * HEADS + tl.arange(0, HEADS)
     j = tl.arange(0, PP)
@@ -63,5 +65,6 @@ def rope(
         x.stride(0), x.stride(1), x.stride(2), y.stride(0), y.stride(1), y.stride(2),
         cos.stride(0) if cos.shape[0] > 1 else 0, cos.stride(1),
         STYLE=style, HEADS=per, PP=pow2(pairs), RESTP=pow2(rest) if rest else 0, num_warps=4,
+        **dependent(x.device),
     )  # fmt: skip
     return y

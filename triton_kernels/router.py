@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
+from ktfx.triton_kernels.dependent_launch import dependent, wait_for_previous
 from ktfx.triton_kernels.dequant import narrow
 from ktfx.triton_kernels.launch import on_its_device, pow2
 
@@ -14,7 +15,9 @@ def _router_kernel(
     logits_ptr, bias_ptr, weights_ptr, ids_ptr, E, row, scale, eps, masked,
     SCORING: tl.constexpr, BIAS: tl.constexpr, GROUPS: tl.constexpr, KEEP: tl.constexpr, GROUP_SCORE: tl.constexpr,
     RENORM: tl.constexpr, TOPK: tl.constexpr, KP: tl.constexpr, NG: tl.constexpr, GS: tl.constexpr, SIZE: tl.constexpr,
+    DEPENDENT: tl.constexpr = False,
 ):  # fmt: skip
+    wait_for_previous(DEPENDENT)
     t = tl.program_id(0).to(tl.int64)
     g, j = tl.arange(0, NG)[:, None], tl.arange(0, GS)[None, :]
     e = g * SIZE + j
@@ -81,4 +84,5 @@ def route(
         SCORING=scoring, BIAS=bias_E is not None, GROUPS=groups, KEEP=keep_groups, GROUP_SCORE=group_score,
         RENORM=renormalise, TOPK=top_k, KP=pow2(top_k), NG=pow2(groups), GS=pow2(size), SIZE=size,
         num_warps=1 if elements <= 256 else 2,
+        **dependent(logits.device),
     )  # fmt: skip

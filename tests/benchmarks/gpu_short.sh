@@ -1,27 +1,72 @@
 #!/usr/bin/env bash
-# The new things on one GPU in under six minutes: tests, whole models at 8 and 48 layers, the host's CPU experts.
-# Usage: gpu_short.sh OUT_DIR
+# Whole models and decode kernels on one GPU in under ten minutes, without an install. Usage: gpu_short.sh OUT_DIR PART …
+# Parts: rows, step, full, batch, prefill, tests, sanitize, sliding, tune, cpu.
 set -u
 out=$1
+shift
 repo=$PWD
+bench="$repo/tests/benchmarks"
 # The package without an install: its parts side by side.
 mkdir -p /tmp/package/ktfx
 ln -sf "$repo"/ktfx/* "$repo/passes" "$repo/rules" "$repo/triton_kernels" /tmp/package/ktfx/
 export PYTHONPATH=/tmp/package PYTHONUNBUFFERED=1
 (python3 setup.py build_ext --inplace > "$out/build.log" 2>&1; echo "built" >> "$out/build.log") &
 cd /tmp || exit 1
-(timeout 100 python3 -m pytest "$repo"/tests/test_cuda_graphs.py "$repo"/tests/test_rewrite_linears.py \
-  "$repo"/tests/test_triton_attention.py -k "gpu or real" -n 5 -q --no-header -p no:cacheprovider --tb=short \
-  --rootdir "$repo" -c "$repo/pyproject.toml" > "$out/tests.log" 2>&1) &
-bench="$repo/tests/benchmarks"
-timeout 130 python3 "$bench/whole_model.py" --layers 8 --minutes 1.8 --reference --contenders "eager, grouped_mm" \
-  "ktfx int4 experts" "torch.compile reduce-overhead" "ktfx merged" "ktfx fused" > "$out/whole8.log" 2>&1
-grep -E "^(FAILED|ERROR)|passed|failed" "$out/tests.log" | cut -c1-200
-cat "$out/whole8.log" | grep -v "^ *File\|^Traceback" | cut -c1-150
-timeout 95 python3 "$bench/whole_model.py" --layers 48 --minutes 0.9 --contenders "ktfx fused" "eager, grouped_mm" \
-  "ktfx merged" > "$out/whole48.log" 2>&1
-cut -c1-150 "$out/whole48.log" | tail -12
-tail -1 "$out/build.log"
-OMP_NUM_THREADS=$(nproc) timeout 80 python3 "$bench/cpu_experts_table.py" --quick --layers 4 --seconds 1 --no-sweeps --no-transformers \
-  --tokens 1,4,16 --formats model,int8,int4 --json "$out/cpu.json" > "$out/cpu.log" 2>&1
-tail -c 3500 "$out/cpu.log"
+show() { grep -v "^ *File\|^Traceback" "$1" | cut -c1-150; }
+for part in "$@"; do
+  echo "== $part ($SECONDS s)"
+  case $part in
+    rows)
+      timeout 100 python3 "$bench/linear_rows.py" > "$out/rows.log" 2>&1
+      show "$out/rows.log"
+      ;;
+    step)
+      timeout 150 python3 "$bench/whole_model.py" --layers 8 --minutes 2 --reference --profile \
+        --contenders "eager, grouped_mm" "ktfx" "ktfx merge_linears" > "$out/step.log" 2>&1
+      show "$out/step.log"
+      KTFX_DEPENDENT_LAUNCH=0 timeout 80 python3 "$bench/whole_model.py" --layers 8 --contenders "ktfx" \
+        > "$out/step_plain.log" 2>&1
+      tail -1 "$out/step_plain.log" | cut -c1-150
+      ;;
+    full)
+      timeout 140 python3 "$bench/whole_model.py" --layers 48 --minutes 1.4 --contenders "ktfx" \
+        "ktfx int4 experts" > "$out/full.log" 2>&1
+      show "$out/full.log"
+      ;;
+    batch)
+      timeout 200 python3 "$bench/whole_model.py" --layers 8 --batch 16 64 --minutes 2.6 --contenders "ktfx" \
+        "torch.compile reduce-overhead" "eager, grouped_mm" > "$out/batch.log" 2>&1
+      show "$out/batch.log"
+      ;;
+    prefill)
+      timeout 120 python3 "$bench/whole_model.py" --layers 8 --contenders --prefill 4096 > "$out/prefill.log" 2>&1
+      show "$out/prefill.log"
+      ;;
+    tests)
+      timeout 150 python3 -m pytest "$repo"/tests/test_cuda_graphs.py "$repo"/tests/test_triton_*.py -m "not slow" \
+        -n 14 -q --no-header -p no:cacheprovider --tb=short --rootdir "$repo" -c "$repo/pyproject.toml" \
+        > "$out/tests.log" 2>&1
+      grep -E "^(FAILED|ERROR)|passed|failed" "$out/tests.log" | cut -c1-200
+      ;;
+    sanitize)
+      PYTORCH_NO_CUDA_MEMORY_CACHING=1 timeout 200 compute-sanitizer --tool memcheck --print-limit 5 \
+        python3 "$bench/sanitize_kernels.py" > "$out/sanitize.log" 2>&1
+      tail -12 "$out/sanitize.log" | cut -c1-200
+      ;;
+    sliding)
+      timeout 150 python3 "$bench/sliding_windows.py" > "$out/sliding.log" 2>&1
+      show "$out/sliding.log"
+      ;;
+    tune)
+      timeout 260 python3 "$bench/gpu_kernels_table.py" --out "$out" --tune --minutes 4 > "$out/tune.log" 2>&1
+      tail -40 "$out/tune.log" | cut -c1-160
+      ;;
+    cpu)
+      wait
+      OMP_NUM_THREADS=$(nproc) timeout 80 python3 "$bench/cpu_experts_table.py" --quick --layers 4 --seconds 1 \
+        --no-sweeps --no-transformers --tokens 1,4,16 --formats model,int8,int4 --json "$out/cpu.json" \
+        > "$out/cpu.log" 2>&1
+      tail -c 3500 "$out/cpu.log"
+      ;;
+  esac
+done

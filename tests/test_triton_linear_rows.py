@@ -1,0 +1,58 @@
+"""linear_rows: one launch over several weights of one input, against float64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from triton_cases import DTYPES, INTERPRETED, assert_close, needs_kernels, normal, poisoned
+
+import ktfx.ops.linear_rows  # noqa: F401  (registers the op)
+from ktfx.errors import KtfxError
+
+pytestmark = needs_kernels
+
+
+@settings(max_examples=12 if INTERPRETED else 120, deadline=None)
+@given(
+    M=st.integers(0, 2), K=st.integers(1, 150), sizes=st.lists(st.integers(1, 40), min_size=1, max_size=4),
+    dtype=st.sampled_from(DTYPES), bias=st.booleans(), R=st.sampled_from([1, 2, 4]), BK=st.sampled_from([16, 64, 256]),
+    strided=st.booleans(), seed=st.integers(0, 99),
+)  # fmt: skip
+def test_values(
+    M: int, K: int, sizes: list[int], dtype: torch.dtype, bias: bool, R: int, BK: int, strided: bool, seed: int
+) -> None:
+    from ktfx.triton_kernels.linear_rows import RowsConfig, linear_rows
+
+    x = normal(M, 2 * K, seed=seed, dtype=dtype)[:, ::2] if strided else normal(M, K, seed=seed, dtype=dtype)
+    weights = [normal(n, K, seed=seed + i + 1, dtype=dtype, scale=K**-0.5) for i, n in enumerate(sizes)]
+    biases = [normal(n, seed=seed + i + 9, dtype=dtype) for i, n in enumerate(sizes)] if bias else []
+    out = [poisoned(x.new_empty(M, n)) for n in sizes]
+    made = linear_rows(x, weights, biases, out, RowsConfig(R, BK, 4))
+    for i, (y, w) in enumerate(zip(made, weights, strict=True)):
+        assert y is out[i]
+        assert_close(y, F.linear(x.double(), w.double(), biases[i].double() if bias else None), dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_op_picks_a_configuration_and_keeps_leading_dimensions(dtype: torch.dtype) -> None:
+    x = normal(1, 2, 96, dtype=dtype)
+    weights = [normal(n, 96, seed=n, dtype=dtype, scale=0.1) for n in (33, 7)]
+    made = torch.ops.ktfx.linear_rows(x, weights, [])
+    assert [y.shape for y in made] == [(1, 2, 33), (1, 2, 7)] and all(y.is_contiguous() for y in made)
+    for y, w in zip(made, weights, strict=True):
+        assert_close(y, F.linear(x.double(), w.double()), dtype)
+
+
+def test_more_rows_than_the_kernel_is_for() -> None:
+    x, w = normal(3, 16), normal(5, 16, seed=1)
+    assert_close(torch.ops.ktfx.linear_rows(x, [w], [])[0], F.linear(x.double(), w.double()), torch.float32)
+
+
+def test_weights_that_do_not_fit() -> None:
+    x = normal(1, 16)
+    for weights, biases in (([], []), ([normal(4, 8)], []), ([normal(4, 16)] * 2, [normal(4)])):
+        with pytest.raises(KtfxError, match="linear_rows got"):
+            torch.ops.ktfx.linear_rows(x, weights, biases)
