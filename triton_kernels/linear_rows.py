@@ -82,7 +82,7 @@ class RowsConfig:
 
 
 def rows_config(total: int, K: int, device: torch.device) -> RowsConfig:
-    """By shape alone, as a sweep on one H100 had it (tests/benchmarks/linear_rows.py). total: outputs of all weights."""
+    """By shape alone, as a sweep on one H100 had it (tests/benchmarks/linear_rows.py). total: outputs together."""
     BK = min(max(pow2(K), 16), 2048)
     if K % BK == 0 and total >= 12 * sm_count(device):
         return RowsConfig(4, BK, 4)
