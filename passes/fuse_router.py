@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable
 
 import torch
+from torch import fx
 
 from ktfx.canonical import tensor_of
 from ktfx.fusion import Fusion, FusionPass
+from ktfx.graph import insert_call
 from ktfx.matcher import Match
-from ktfx.pass_manager import register_pass
+from ktfx.pass_manager import PassContext, register_pass
 
 # The last argument of topk (sorted) may be either: in whatever order they come, the chosen are the same.
 _TOP = "aten.topk({}, k, -1, True, _)"
@@ -94,6 +97,25 @@ _PLAIN = _TOP.format(_SOFTMAX)
 _CHOSEN = "aten.topk(logits, k, -1, True, _)"
 
 
+def _take_in_casts(graph: fx.Graph) -> None:
+    """Weights that ``route`` writes in float32 and that are only read in another dtype are written in that dtype."""
+    for node in graph.find_nodes(op="call_function", target=torch.ops.ktfx.route.default):
+        weights = next((u for u in node.users if u.target is operator.getitem and u.args[1] == 0), None)
+        if weights is None or len(weights.users) != 1 or node.kwargs.get("dtype", torch.float32) != torch.float32:
+            continue
+        (cast,) = weights.users
+        if cast.target is torch.ops.aten._to_copy.default and set(cast.kwargs) == {"dtype"}:
+            with graph.inserting_before(node):
+                wanted = {**node.kwargs, "dtype": cast.kwargs["dtype"]}
+                call = insert_call(graph, torch.ops.ktfx.route.default, node.args, wanted, like=node)
+                written = insert_call(graph, operator.getitem, (call, 0), like=weights)
+            cast.replace_all_uses_with(written)
+            for unread in (cast, weights):
+                graph.erase_node(unread)
+            node.replace_all_uses_with(call)
+            graph.erase_node(node)
+
+
 @register_pass
 class FuseRouter(FusionPass):
     """Softmax, top-k and renormalising (Mixtral, Qwen), softmax of the chosen (gpt-oss), groups (DeepSeek-V2 and -V3).
@@ -128,3 +150,9 @@ class FuseRouter(FusionPass):
             "logits, None, k, 'softmax', renormalise=False, dtype=d",
         ),
     )
+
+    def run(self, gm: fx.GraphModule, context: PassContext) -> None:
+        super().run(gm, context)
+        if any(r.after[:1] == ("ktfx.route.default",) for r in context.rewrites):
+            _take_in_casts(gm.graph)
+            gm.recompile()

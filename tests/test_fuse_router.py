@@ -126,3 +126,10 @@ def test_a_top_k_outside_routers_is_left_alone() -> None:
 
     done = run(Sampler())
     assert not done.context.rewrites and not done.context.misses
+
+
+def test_weights_are_written_in_the_dtype_that_reads_them() -> None:
+    done = run(block_of("qwen3")[0], torch.bfloat16)
+    (route,) = done.after.graph.find_nodes(op="call_function", target=torch.ops.ktfx.route.default)
+    assert route.kwargs["dtype"] == torch.bfloat16 and route.meta["val"][0].dtype == torch.bfloat16
+    assert done.ops["aten._to_copy.default"] < done.ops_before["aten._to_copy.default"]

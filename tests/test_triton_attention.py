@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from triton_cases import DEVICE, DTYPES, INTERPRETED, assert_close, needs_kernels, normal, poisoned
+from triton_cases import DEVICE, DTYPES, FEW, assert_close, needs_kernels, normal, poisoned
 
 from ktfx.ops.attention import attention_decode_masked_reference, attention_decode_reference, mask_bounds
 
@@ -52,7 +52,7 @@ def test_lengths_of_zero_and_one_and_more_parts_than_entries() -> None:
     check(2, 1, 2, 16, 16, 40, [0, 3], torch.float32, parts=4, sinks=True)
 
 
-@settings(max_examples=5 if INTERPRETED else 60, deadline=None)
+@settings(max_examples=5 if FEW else 60, deadline=None)
 @given(
     B=st.integers(1, 2), kv=st.integers(1, 2), group=st.integers(1, 5), D=st.integers(1, 40), DV=st.integers(1, 40),
     capacity=st.integers(1, 70), parts=st.integers(1, 4), window=st.integers(0, 30), sinks=st.booleans(),
@@ -150,7 +150,7 @@ def test_a_mask_for_each_head_and_a_row_that_keeps_nothing() -> None:
     check_masked(2, 2, 2, 16, 50, keep, torch.float32, parts=2)
 
 
-@settings(max_examples=5 if INTERPRETED else 60, deadline=None)
+@settings(max_examples=5 if FEW else 60, deadline=None)
 @given(
     B=st.integers(1, 2), kv=st.integers(1, 2), group=st.integers(1, 5), D=st.integers(1, 40),
     capacity=st.integers(1, 70), parts=st.integers(1, 4), share=st.floats(0, 1), added=st.booleans(),

@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from triton_cases import DEVICE, DTYPES, INTERPRETED, assert_close, needs_kernels, normal, poisoned
+from triton_cases import DEVICE, DTYPES, FEW, assert_close, needs_kernels, normal, poisoned
 
 from ktfx.formats import parse_format
 from ktfx.ops.linear import LinearSpec, linear_kernel
@@ -47,7 +47,7 @@ def test_float32_is_exact(weights: str, way: str) -> None:
     check(LinearSpec(128, 40, weights), 2, torch.float32, way == "rows", 2)
 
 
-@settings(max_examples=6 if INTERPRETED else 60, deadline=None)
+@settings(max_examples=6 if FEW else 60, deadline=None)
 @given(
     M=st.integers(1, 40), n=st.integers(1, 80), k=st.integers(1, 150), rows=st.booleans(), split=st.integers(1, 3),
     weights=st.sampled_from(FORMATS), dtype=st.sampled_from(DTYPES), bias=st.booleans(), seed=st.integers(0, 99),

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from triton_cases import DTYPES, INTERPRETED, assert_close, needs_kernels, normal, poisoned
+from triton_cases import DTYPES, FEW, assert_close, needs_kernels, normal, poisoned
 
 import ktfx.ops.linear_rows  # noqa: F401  (registers the op)
 from ktfx.errors import KtfxError
@@ -15,7 +15,7 @@ from ktfx.errors import KtfxError
 pytestmark = needs_kernels
 
 
-@settings(max_examples=12 if INTERPRETED else 120, deadline=None)
+@settings(max_examples=12 if FEW else 120, deadline=None)
 @given(
     M=st.integers(0, 2), K=st.integers(1, 150), sizes=st.lists(st.integers(1, 40), min_size=1, max_size=4),
     dtype=st.sampled_from(DTYPES), bias=st.booleans(), R=st.sampled_from([1, 2, 4]), BK=st.sampled_from([16, 64, 256]),

@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from triton_cases import DEVICE, DTYPES, INTERPRETED, assert_close, needs_kernels, normal, poisoned
+from triton_cases import DEVICE, DTYPES, FEW, assert_close, needs_kernels, normal, poisoned
 
 from ktfx.ops.activations import gated_mul_reference
 from ktfx.ops.norms import KINDS, rms_norm_reference
@@ -14,7 +14,7 @@ from ktfx.ops.rope import STYLES, rope_reference
 from ktfx.ops.router import route_reference
 
 pytestmark = needs_kernels
-EXAMPLES = 8 if INTERPRETED else 80
+EXAMPLES = 8 if FEW else 80
 
 
 @settings(max_examples=EXAMPLES, deadline=None)
@@ -61,6 +61,28 @@ def test_rope(
     out = rope(x, cos, sin, style, poisoned(x))
     assert_close(out, rope_reference(x.double(), cos.double(), sin.double(), style), dtype)
     assert torch.equal(torch.ops.ktfx.rope(x, cos, sin, style), out)
+
+
+@settings(max_examples=EXAMPLES, deadline=None)
+@given(
+    B=st.integers(1, 2), heads=st.tuples(st.integers(1, 6), st.integers(1, 3)), S=st.integers(1, 3),
+    pairs=st.integers(1, 20), rest=st.integers(0, 9), style=st.sampled_from(STYLES),
+    kind=st.sampled_from([*KINDS, ""]), dtype=st.sampled_from(DTYPES), seed=st.integers(0, 99),
+)  # fmt: skip
+def test_norm_rope(
+    B: int, heads: tuple[int, int], S: int, pairs: int, rest: int, style: str, kind: str, dtype: torch.dtype, seed: int
+) -> None:
+    from ktfx.triton_kernels.rope import norm_rope
+
+    D = 2 * pairs + rest
+    q, k = (normal(B, S, h, D, seed=seed + h, dtype=dtype, scale=3.0).transpose(1, 2) for h in heads)
+    weights = [normal(D, seed=seed + i, dtype=dtype) for i in (7, 8)] if kind else []
+    tables = normal(B, S, 2 * pairs, seed=seed + 1, dtype=dtype)
+    cos, sin = tables[..., :pairs], tables[..., pairs:]
+    made = norm_rope(q, k, cos, sin, style, weights, 1e-6, kind, (poisoned(q), poisoned(k)))
+    for i, (x, y) in enumerate(zip((q, k), made, strict=True)):
+        normed = rms_norm_reference(x.double(), weights[i].double(), 1e-6, kind) if kind else x.double()
+        assert_close(y, rope_reference(normed, cos.double(), sin.double(), style), dtype)
 
 
 @settings(max_examples=EXAMPLES, deadline=None)

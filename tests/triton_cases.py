@@ -8,6 +8,8 @@ import pytest
 import torch
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+# Of generated cases: in the interpreter, and where a tool makes every launch slow (compute-sanitizer).
+FEW = INTERPRETED or os.environ.get("KTFX_FEW_EXAMPLES") == "1"
 DEVICE = torch.device("cpu" if INTERPRETED else "cuda")
 
 # Without either, tests/test_triton_interpreter.py runs these files in a process of their own: the interpreter must be

@@ -12,6 +12,7 @@ from __future__ import annotations
 import torch
 
 from ktfx.errors import KtfxError
+from ktfx.ops.norms import rms_norm_reference
 from ktfx.ops.triton_loader import kernels, runs_kernels
 
 STYLES = ("half", "interleaved", "split")
@@ -57,3 +58,46 @@ def rope(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, style: str) -> t
 @rope.register_fake
 def _(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, style: str) -> torch.Tensor:
     return x.new_empty(x.shape)
+
+
+@torch.library.custom_op("ktfx::norm_rope", mutates_args=())
+def norm_rope(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    style: str,
+    weights: list[torch.Tensor],
+    eps: float,
+    kind: str,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """q and k (B, their heads, S, D) → the same through ``rms_norm`` by a weight (D,) each, then ``rope``, contiguous.
+
+    weights: two, or none for no norm (then eps and kind mean nothing). Rounds where the two ops would.
+    """
+    if len(weights) not in (0, 2) or q.shape[-1] != k.shape[-1] or q.dtype != k.dtype:
+        raise KtfxError(
+            f"norm_rope got q {q.dtype} {tuple(q.shape)}, k {k.dtype} {tuple(k.shape)} and {len(weights)} weights",
+            expected="one dtype and head size, and two weights or none",
+            mend="turn them one by one, by ktfx::rope",
+        )
+    if runs_kernels(q):
+        made: tuple[torch.Tensor, torch.Tensor] = kernels("rope").norm_rope(q, k, cos, sin, style, weights, eps, kind)
+        return made
+    if weights:
+        q, k = (rms_norm_reference(x, w, eps, kind) for x, w in zip((q, k), weights, strict=True))
+    return rope_reference(q, cos, sin, style).contiguous(), rope_reference(k, cos, sin, style).contiguous()
+
+
+@norm_rope.register_fake
+def _(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    style: str,
+    weights: list[torch.Tensor],
+    eps: float,
+    kind: str,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    return q.new_empty(q.shape), k.new_empty(k.shape)

@@ -540,10 +540,14 @@ def short(error: BaseException) -> str:
 
 
 TUNED = [
-    *(("qwen3-30b", w, 1) for w in ("int4", "int8", "mxfp4", "fp8", "model")),
-    *(("qwen3-30b", w, T) for T in (4096, 16) for w in ("model", "int4", "fp8")),
-    *(("gpt-oss-20b", "mxfp4", T) for T in (1, 4096)),
+    ("qwen3-30b", "model", 1),
+    ("qwen3-30b", "model", 4096),
+    ("qwen3-30b", "int4", 1),
+    ("gpt-oss-20b", "mxfp4", 1),
+    *(("qwen3-30b", w, 1) for w in ("fp8", "int8", "mxfp4")),
     ("dsv3", "int4", 1),
+    *(("qwen3-30b", w, T) for T in (4096, 16) for w in ("model", "int4", "fp8") if (w, T) != ("model", 4096)),
+    ("gpt-oss-20b", "mxfp4", 4096),
 ]
 
 

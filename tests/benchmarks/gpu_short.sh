@@ -22,14 +22,11 @@ for part in "$@"; do
       ;;
     step)
       timeout 150 python3 "$bench/whole_model.py" --layers 8 --minutes 2 --reference --profile \
-        --contenders "eager, grouped_mm" "ktfx" "ktfx merge_linears" > "$out/step.log" 2>&1
+        --contenders "eager, grouped_mm" "ktfx" > "$out/step.log" 2>&1
       show "$out/step.log"
-      KTFX_DEPENDENT_LAUNCH=0 timeout 80 python3 "$bench/whole_model.py" --layers 8 --contenders "ktfx" \
-        > "$out/step_plain.log" 2>&1
-      tail -1 "$out/step_plain.log" | cut -c1-150
       ;;
     full)
-      timeout 140 python3 "$bench/whole_model.py" --layers 48 --minutes 1.4 --contenders "ktfx" \
+      timeout 140 python3 "$bench/whole_model.py" --layers 48 --minutes 1.6 --contenders "ktfx" \
         "ktfx int4 experts" > "$out/full.log" 2>&1
       show "$out/full.log"
       ;;
@@ -49,17 +46,19 @@ for part in "$@"; do
       grep -E "^(FAILED|ERROR)|passed|failed" "$out/tests.log" | cut -c1-200
       ;;
     sanitize)
-      PYTORCH_NO_CUDA_MEMORY_CACHING=1 timeout 200 compute-sanitizer --tool memcheck --print-limit 5 \
-        python3 "$bench/sanitize_kernels.py" > "$out/sanitize.log" 2>&1
-      tail -12 "$out/sanitize.log" | cut -c1-200
+      KTFX_FEW_EXAMPLES=1 timeout 240 compute-sanitizer --tool memcheck --target-processes all --print-limit 5 \
+        python3 -m pytest "$repo"/tests/test_triton_*.py -m "not slow" -n 14 -q --no-header -p no:cacheprovider \
+        --tb=line --rootdir "$repo" -c "$repo/pyproject.toml" > "$out/sanitize.log" 2>&1
+      grep -E "ERROR SUMMARY|Invalid|passed|failed" "$out/sanitize.log" | sort | uniq -c | tail -20 | cut -c1-200
       ;;
     sliding)
       timeout 150 python3 "$bench/sliding_windows.py" > "$out/sliding.log" 2>&1
       show "$out/sliding.log"
       ;;
     tune)
-      timeout 260 python3 "$bench/gpu_kernels_table.py" --out "$out" --tune --minutes 4 > "$out/tune.log" 2>&1
-      tail -40 "$out/tune.log" | cut -c1-160
+      timeout 200 python3 "$bench/gpu_kernels_table.py" --out "$out" --tune --minutes 2 > "$out/tune.log" 2>&1
+      tail -12 "$out/tune.log" | cut -c1-160
+      cp "$out/tuned_hopper.json" "$repo/triton_kernels/" # what follows runs with it
       ;;
     cpu)
       wait
