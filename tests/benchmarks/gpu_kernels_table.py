@@ -31,6 +31,7 @@ import torch.nn.functional as F
 
 import ktfx.ops.activations
 import ktfx.ops.attention
+import ktfx.ops.mla
 import ktfx.ops.norms
 import ktfx.ops.rope
 import ktfx.ops.router  # noqa: F401
@@ -39,6 +40,7 @@ from ktfx.ops.attention import attention_decode_reference
 from ktfx.ops.experts import ExpertsSpec, apply_gate
 from ktfx.ops.experts_triton import TRITON_KERNEL, packed_meta
 from ktfx.ops.linear import LinearSpec, linear_kernel
+from ktfx.ops.mla import mla_decode_reference
 from ktfx.ops.norms import rms_norm_reference
 from ktfx.ops.rope import rope_reference
 from ktfx.ops.router import route_reference
@@ -454,6 +456,63 @@ def small_cases() -> list[tuple[str, Callable[[], torch.Tensor], Callable[[], to
     return cases
 
 
+MLA = [("dsv2-lite", 16, 1, 8192), *(("dsv3", 128, B, L) for B in (1, 16) for L in (1024, 8192, 32768))]
+
+
+def mla_case(H: int, B: int, L: int) -> tuple[Any, ...]:
+    """Arguments of ``ktfx::mla_decode`` over a cache of which L entries are kept and 64 are not."""
+    q, qr = randn(B, H, 1, 512), randn(B, H, 1, 64, seed=1)
+    c, kr = randn(B, 1, L + 64, 512, seed=2), randn(B, 1, L + 64, 64, seed=3)
+    keep = (torch.arange(L + 64, device=DEVICE) < L).view(1, 1, 1, -1)
+    return q, qr, c, kr, keep, 192**-0.5, torch.ops.ktfx.mask_bounds(keep)
+
+
+def check_mla() -> list[Row]:
+    from ktfx.triton_kernels.mla_decode import mla_decode
+
+    rows = []
+    for H in (16, 128):
+        q, qr, c, kr, keep, scale, bounds = mla_case(H, 2, 1024)
+        exact = mla_decode_reference(q.double(), qr.double(), c.double(), kr.double(), keep, scale)
+        for BH, BL in MLA_BLOCKS:
+            name = f"mla heads {BH} tile {BL} H={H}"
+            try:
+                out = poison(torch.empty_like(q))
+                rows.append(
+                    Row(name, error=relative(mla_decode(q, qr, c, kr, keep, bounds, scale, out, None, BH, BL), exact))
+                )
+            except Exception as error:
+                rows.append(Row(name, problem=short(error)))
+    return rows
+
+
+MLA_BLOCKS = ((None, None), (16, 32), (16, 64), (32, 32), (32, 64), (64, 32), (64, 64))
+
+
+def time_mla() -> list[Row]:
+    """Each shape with the split that ktfx chooses (``own``) and with others; the two products beside it by cuBLAS."""
+    from ktfx.triton_kernels.mla_decode import mla_decode
+
+    rows = []
+    for name, H, B, L in MLA:
+        copies = max(1, min(16, (200 << 20) // (B * L * 1152)))  # past L2
+        cases = [mla_case(H, B, L) for _ in range(copies)]
+        out = torch.empty_like(cases[0][0])
+        for BH, BL in MLA_BLOCKS:
+            label = f"mla {name} B={B} L={L} " + ("own" if BH is None else f"{BH}x{BL}")
+            try:
+                calls = [partial(mla_decode, *a[:5], a[6], a[5], out, None, BH, BL) for a in cases]
+                rows.append(Row(label, graph_time(calls, 0.03), B * L * 1152, 2 * B * H * L * (512 + 512 + 64)))
+            except Exception as error:
+                rows.append(Row(label, problem=short(error)))
+        if L == 8192:
+            weights = [randn(H, 256, 512, seed=i) for i in range(4)]
+            x, o = randn(H, B, 128), randn(H, B, 512)
+            products = [lambda w=w, x=x, o=o: (torch.bmm(x, w[:, :128]), torch.bmm(o, w[:, 128:].mT)) for w in weights]
+            rows.append(Row(f"mla {name} B={B} products", graph_time(products, 0.03), H * 256 * 512 * 2))
+    return rows
+
+
 def check_small() -> list[Row]:
     rows = []
     for name, ours, exact, _, _ in small_cases():
@@ -553,7 +612,7 @@ TUNED = [
 
 def jobs(only: list[str], tune: bool) -> list[tuple[str, tuple[Any, ...]]]:
     every: list[tuple[str, tuple[Any, ...]]] = [("experts", (m, w)) for m, ws in EXPERTS.items() for w in ws]
-    every += [("linear", (w,)) for w in LINEAR_FORMATS] + [("small", ())]
+    every += [("linear", (w,)) for w in LINEAR_FORMATS] + [("small", ()), ("mla", ())]
     if tune:
         every = [("tune", t) for t in TUNED]
     return [j for j in every if not only or any(o in " ".join(map(str, (j[0], *j[1]))) for o in only)]
@@ -568,6 +627,7 @@ def run_job(job: tuple[str, tuple[Any, ...]], check: bool, part: tuple[int, int]
             "experts": (check_experts, time_experts),
             "linear": (check_linear, time_linear),
             "small": (check_small, time_small),
+            "mla": (check_mla, time_mla),
         }
         with torch.no_grad():
             return table[kind][0 if check else 1](*args)
