@@ -11,7 +11,7 @@ from parity import DEVICES, cache_tensors, check_parity, compare, run_steps, sta
 from torch import nn
 
 import ktfx
-import ktfx.ops.mla  # noqa: F401
+import ktfx.ops.mla
 from ktfx.errors import KtfxError
 from ktfx.verify import relative_error
 
