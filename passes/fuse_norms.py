@@ -5,10 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+from torch import fx
+
 from ktfx.canonical import same_shape, tensor_of
 from ktfx.fusion import Fusion, FusionPass
+from ktfx.graph import info
 from ktfx.matcher import Match
-from ktfx.pass_manager import register_pass
+from ktfx.pass_manager import PassContext, register_pass
+from ktfx.replacement import Replacement
 
 # Casts to float32 and back are in the pattern; in a float32 model they are not in the graph, and match all the same.
 _X = "aten.to(x, 'float32')"
@@ -87,3 +91,21 @@ class FuseNorms(FusionPass):
 
     def chosen(self) -> tuple[Fusion, ...]:
         return self.fusions if self.options.residual else self.fusions[:-1]
+
+    @staticmethod
+    def _why_not(
+        graph: fx.Graph, context: PassContext, fusion: Fusion, replacement: Replacement, match: Match
+    ) -> str | None:
+        return _crosses_layers(match, context) or FusionPass._why_not(graph, context, fusion, replacement, match)
+
+
+def _crosses_layers(match: Match, context: PassContext) -> str | None:
+    """Why a sum at a layer's end stays with its layer: with layers on several devices, those beside a border would come
+    out unlike the rest, and each kind is compiled on its own."""
+    resolution = context.resolution
+    if len({info(n).layer for n in (*match.nodes, match.root)}) == 1:
+        return None
+    layers = map(resolution.layer_path, range(resolution.num_layers))
+    if len({resolution.glue_device(path, context.phase) for path in layers}) <= 1:
+        return None
+    return "the sum ends one layer and the norm begins the next, and layers lie on several devices"

@@ -158,3 +158,23 @@ def test_an_unknown_device() -> None:
 
     with pytest.raises(PassError, match=r"no device 'cudda'.*did you mean 'cuda'"):
         run(LlamaRMSNorm, options={"fuse_norms": FuseNorms.Options(device="cudda")})
+
+
+def test_sums_at_layer_borders_stay_where_layers_lie_on_several_devices() -> None:
+    from families import tiny_model
+    from parity import run_steps, static_cache, two_gpus_host
+
+    import ktfx
+
+    def sums(rules: dict[str, Any]) -> tuple[int, str]:
+        torch._dynamo.reset()
+        model = tiny_model("qwen3_moe", layers=4)
+        ktfx.compile(model, rules, simulate="cpu", partition_backend="eager")
+        run_steps(model, torch.arange(2, 7)[None], 1, static_cache(model, 12))
+        (record,) = [r for r in ktfx.state_of(model).graphs[-1].records if r.name == "fuse_norms"]
+        made = [r for r in record.rewrites if r.what.startswith("sum")]
+        return len(made), " ".join(m.why for m in record.misses)
+
+    one = {"ktfx": 1, "devices": {"gpu0": "cuda:0"}, "default_device": "gpu0", "rules": []}
+    assert sums(one)[0] == 8, "two a layer: inside it, and at its end"
+    assert sums({**two_gpus_host(4), "rules": []})[0] == 4, "inside each layer alone"

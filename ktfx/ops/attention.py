@@ -139,7 +139,8 @@ def mask_bounds(mask: torch.Tensor) -> torch.Tensor:
     """
     length = mask.shape[3]
     seen = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min
-    position = torch.arange(length, device=mask.device, dtype=torch.int32)
+    # In int64 up to the end: torch 2.11's Inductor cannot reduce int32 on a GPU.
+    position = torch.arange(length, device=mask.device)
     first = torch.where(seen, position, length).amin((1, 2, 3))
     last = torch.where(seen, position + 1, 0).amax((1, 2, 3))
     nothing = last == 0
