@@ -96,7 +96,7 @@ def test_replayed_steps_equal_eager_with_experts_on_the_host_and_two_gpus(stand_
     assert stand_in.replays >= 8 * stand_in.asked
 
 
-@pytest.mark.parametrize("refused", [0, 1, 2])
+@pytest.mark.parametrize("refused", [1, *(pytest.param(n, marks=pytest.mark.slow) for n in (0, 2))])
 def test_a_part_that_cannot_be_captured_runs_step_by_step_and_says_so(stand_in: StandIn, refused: int) -> None:
     stand_in.refuse = lambda asked: asked == refused
     # Two sequences: the mask that the first part makes is expanded, and is written to again where it lies.
