@@ -37,6 +37,11 @@ def is_on(asked: str, name: str, ruleset: Ruleset) -> bool:
     return asked in (name, written.partition(":")[0]) or canonical(asked) == written
 
 
+def is_asked(device: str, node: fx.Node, context: PassContext) -> bool:
+    """Whether a pass whose option ``device`` this is works on the node; ``any``: everywhere."""
+    return device == "any" or is_on(device, device_name(node, context), context.resolution.ruleset)
+
+
 def spans_devices(nodes: Iterable[fx.Node], root: fx.Node, context: PassContext) -> str | None:
     """In words, if not all of the nodes run where ``root`` does; merging them would move work across devices."""
     device = device_name(root, context)
@@ -149,8 +154,7 @@ class FusionPass(Pass):
             seen.rewritten.add(module)
 
     def _applies(self, root: fx.Node, context: PassContext) -> bool:
-        name = device_name(root, context)
-        if self.options.device != "any" and not is_on(self.options.device, name, context.resolution.ruleset):
+        if not is_asked(self.options.device, root, context):
             return False
         return not self.only_in_roles or role_module(info(root).module, self.roles, context) is not None
 

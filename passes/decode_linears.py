@@ -11,7 +11,7 @@ import torch
 from torch import fx
 
 from ktfx.canonical import strip, tensor_of
-from ktfx.fusion import device_name, is_on
+from ktfx.fusion import device_name, is_asked
 from ktfx.graph import info, insert_call, op_name
 from ktfx.ops.linear_rows import MOST_ROWS, MOST_WEIGHTS
 from ktfx.pass_manager import Pass, PassContext, Rewrite, register_pass
@@ -57,15 +57,14 @@ class DecodeLinears(Pass):
         groups: dict[tuple[Any, ...], list[fx.Node]] = {}
         full: list[list[fx.Node]] = []
         for node in graph.find_nodes(op="call_function", target=linear):
-            device = device_name(node, context)
-            if self.options.device != "any" and not is_on(self.options.device, device, context.resolution.ruleset):
+            if not is_asked(self.options.device, node, context):
                 continue
             module = info(node).module
             why = _why_not(node)
             if why is not None:
                 context.miss(module, f"decode_linears: {why}")
                 continue
-            key = (strip(node.args[0]), module.rpartition(".")[0], device, _bias(node) is None)
+            key = (strip(node.args[0]), module.rpartition(".")[0], device_name(node, context), _bias(node) is None)
             group = groups.setdefault(key, [])
             group.append(node)
             if len(group) == MOST_WEIGHTS:

@@ -14,7 +14,7 @@ import torch
 from torch import fx
 
 from ktfx.canonical import CAST, op_family, same_shape, same_size, strip, tensor_of
-from ktfx.fusion import device_name, is_on, role_module, spans_devices
+from ktfx.fusion import device_name, is_asked, role_module, spans_devices
 from ktfx.graph import info, insert_call, op_name
 from ktfx.matcher import Failure, Match, Matcher
 from ktfx.pass_manager import Pass, PassContext, Rewrite, register_pass
@@ -98,13 +98,14 @@ class FuseAttention(Pass):
         if context.phase != "generate":
             return
         before, found = len(context.rewrites), _Found()
-        for node in [n for n in gm.graph.nodes if n.target is sdpa and self._applies(n, context)]:
+        where = self.options.device
+        for node in [n for n in gm.graph.nodes if n.target is sdpa and is_asked(where, n, context)]:
             self._rewrite(gm.graph, context, node, read_call(node), found)
         readings: dict[fx.Node, Any] = {}
         matchers = [Matcher.of(p) for p in _patterns()]
         for matcher in matchers:
             matcher.readings = readings
-        for node in [n for n in matchers[0].candidates(gm.graph.nodes) if self._applies(n, context)]:
+        for node in [n for n in matchers[0].candidates(gm.graph.nodes) if is_asked(where, n, context)]:
             call = _read_written_out(node, matchers)
             if isinstance(call, Failure):
                 self._note(call, context, found)
@@ -116,10 +117,6 @@ class FuseAttention(Pass):
         if len(context.rewrites) > before:
             gm.graph.eliminate_dead_code()
             gm.recompile()
-
-    def _applies(self, node: fx.Node, context: PassContext) -> bool:
-        asked = self.options.device
-        return asked == "any" or is_on(asked, device_name(node, context), context.resolution.ruleset)
 
     @staticmethod
     def _note(failure: Failure, context: PassContext, found: _Found) -> None:

@@ -10,7 +10,7 @@ import torch
 from torch import fx
 
 from ktfx.canonical import strip, tensor_of
-from ktfx.fusion import device_name
+from ktfx.fusion import device_name, spans_devices
 from ktfx.graph import info, insert_call, op_name
 from ktfx.pass_manager import Pass, PassContext, Rewrite, register_pass
 
@@ -62,7 +62,7 @@ class GroupRopes(Pass):
             if why is not None:
                 context.miss(module, f"group_ropes: {why}")
             elif context.allows("group_ropes", module):
-                _replace(gm.graph, context, turns, module)
+                _replace(gm.graph, context, turns, max(nodes, key=order.__getitem__), module)
         if len(context.rewrites) > before:
             gm.graph.eliminate_dead_code()
             gm.recompile()
@@ -77,13 +77,9 @@ def _turn(node: fx.Node, context: PassContext) -> Turn:
     if not isinstance(inner, fx.Node) or inner.target is not rms_norm or len(inner.users) > 1:
         return Turn(node, x, None, False)
     val, source = tensor_of(inner), inner.args[0]
-    if val is None or val.dim() != 4 or not isinstance(source, fx.Node) or not _same_device(inner, node, context):
+    if val is None or val.dim() != 4 or not isinstance(source, fx.Node) or spans_devices((inner,), node, context):
         return Turn(node, x, None, False)
     return Turn(node, source, inner, swap)
-
-
-def _same_device(a: fx.Node, b: fx.Node, context: PassContext) -> bool:
-    return device_name(a, context) == device_name(b, context)
 
 
 def _why_not(turns: list[Turn], order: dict[fx.Node, int]) -> str | None:
@@ -98,15 +94,14 @@ def _why_not(turns: list[Turn], order: dict[fx.Node, int]) -> str | None:
     return None
 
 
-def _replace(graph: fx.Graph, context: PassContext, turns: list[Turn], module: str) -> None:
+def _replace(graph: fx.Graph, context: PassContext, turns: list[Turn], last: fx.Node, module: str) -> None:
     norms = [t.norm for t in turns if t.norm is not None]
     together = len(norms) == 2 and norms[0].args[2:] == norms[1].args[2:]
-    last = max((t.node for t in turns), key=list(graph.nodes).index)
     weights = [t.weight for t in turns] if together else []
     eps, kind = norms[0].args[2:] if together else (0.0, "llama")
     first = turns[0].node
-    names = tuple(n.name for n in [*(norms if together else []), *(t.node for t in turns)])
-    before = tuple(op_name(n) for n in [*(norms if together else []), *(t.node for t in turns)])
+    replaced = [*(norms if together else []), *(t.node for t in turns)]
+    names, before = tuple(n.name for n in replaced), tuple(op_name(n) for n in replaced)
     with graph.inserting_before(last):
         xs = []
         for t in turns:

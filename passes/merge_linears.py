@@ -10,7 +10,7 @@ import torch
 from torch import fx
 
 from ktfx.canonical import strip, tensor_of
-from ktfx.fusion import device_name, is_on, role_module
+from ktfx.fusion import is_asked, role_module
 from ktfx.graph import GraphInput, fake_mode_of, info, insert_call, insert_placeholder, op_name, refresh_values
 from ktfx.pass_manager import Pass, PassContext, Rewrite, register_pass
 from ktfx.weight_requests import MergedRequest
@@ -76,7 +76,7 @@ class MergeLinears(Pass):
             module = info(node).module
             parent = module.rpartition(".")[0]
             placement = context.resolution.of(module)
-            if role_module(parent, roles, context) != parent or not self._is_here(node, context):
+            if role_module(parent, roles, context) != parent or not is_asked(self.options.device, node, context):
                 continue
             if placement.at(context.phase).op not in (None, "aten"):
                 continue  # another pass turns it into its own kernel
@@ -84,10 +84,6 @@ class MergeLinears(Pass):
             if layer is not None:
                 groups.setdefault((parent, layer.x), []).append(layer)
         return {key: layers for key, layers in groups.items() if len(layers) > 1}
-
-    def _is_here(self, node: fx.Node, context: PassContext) -> bool:
-        name = device_name(node, context)
-        return self.options.device == "any" or is_on(self.options.device, name, context.resolution.ruleset)
 
     @staticmethod
     def _merge(graph: fx.Graph, context: PassContext, block: str, layers: Sequence[Layer]) -> None:

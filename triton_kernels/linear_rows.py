@@ -18,7 +18,8 @@ from ktfx.triton_kernels.dependent_launch import dependent, prefetch_rows, wait_
 from ktfx.triton_kernels.dequant import narrow
 from ktfx.triton_kernels.launch import cdiv, on_its_device, pow2, sm_count
 
-MOST_WEIGHTS = 4
+from ktfx.ops.linear_rows import MOST_WEIGHTS
+
 Item = TypeVar("Item")
 
 

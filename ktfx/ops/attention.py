@@ -99,6 +99,40 @@ def _(
     return q.new_empty([*q.shape[:3], v.shape[3]])
 
 
+def check_mask(op: str, mask: torch.Tensor | None, bounds: torch.Tensor | None, sizes: tuple[int, int, int]) -> None:
+    """KtfxError unless the mask fits sizes = (batch, query heads, cache length), and the bounds the mask."""
+    B, heads, L = sizes
+    if mask is not None:
+        wanted = ((1, B), (1, heads), (1,), (L,))
+        if mask.dim() != 4 or any(size not in known for size, known in zip(mask.shape, wanted, strict=True)):
+            raise KtfxError(
+                f"{op} got a mask of shape {tuple(mask.shape)}",
+                expected=f"(1 or {B}, 1 or {heads}, 1, {L})",
+                mend="give the mask of scaled_dot_product_attention, four-dimensional",
+            )
+    if bounds is not None and (mask is None or bounds.shape != (mask.shape[0], 2) or bounds.dtype != torch.int32):
+        raise KtfxError(
+            f"{op} got bounds {bounds.dtype} {tuple(bounds.shape)}",
+            expected="a mask, and (its first dimension, 2) int32",
+            mend="give ktfx::mask_bounds(mask), or leave them out",
+        )
+
+
+def with_mask(scores: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    """Scores where a boolean mask is True and -inf elsewhere, or scores plus a mask of floats."""
+    if mask is None:
+        return scores
+    if mask.dtype == torch.bool:
+        return scores.masked_fill(~mask, float("-inf"))
+    return scores + mask.to(scores.dtype)
+
+
+def probabilities(scores: torch.Tensor) -> torch.Tensor:
+    """Softmax over the last dimension; 0 in a row of which nothing is kept, as SDPA has it."""
+    hidden = (scores == float("-inf")).all(-1, keepdim=True)
+    return torch.where(hidden, 0.0, scores.softmax(-1))
+
+
 def attention_decode_masked_reference(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -115,15 +149,10 @@ def attention_decode_masked_reference(
     scores = q.to(wide) @ keys.transpose(2, 3) * scale
     if softcap > 0:
         scores = torch.tanh(scores / softcap) * softcap
-    if mask is not None and mask.dtype == torch.bool:
-        scores = scores.masked_fill(~mask, float("-inf"))
-    elif mask is not None:
-        scores = scores + mask.to(wide)
+    scores = with_mask(scores, mask)
     if sinks is not None:
         scores = torch.cat((scores, sinks.to(wide).view(1, -1, 1, 1).expand(scores.shape[0], -1, 1, 1)), -1)
-    hidden = (scores == float("-inf")).all(-1, keepdim=True)
-    p = torch.where(hidden, 0.0, scores.softmax(-1))[..., : k.shape[2]]
-    return (p @ values).to(q.dtype)
+    return (probabilities(scores)[..., : k.shape[2]] @ values).to(q.dtype)
 
 
 _library = torch.library.Library("ktfx", "FRAGMENT")
@@ -167,20 +196,7 @@ def attention_decode_masked(
     only.
     """
     _check(q, k, v, torch.zeros(1, dtype=torch.int64), sinks)
-    if mask is not None:
-        wanted = ((1, q.shape[0]), (1, q.shape[1]), (1,), (k.shape[2],))
-        if mask.dim() != 4 or any(size not in sizes for size, sizes in zip(mask.shape, wanted, strict=True)):
-            raise KtfxError(
-                f"attention_decode_masked got a mask of shape {tuple(mask.shape)}",
-                expected=f"(1 or {q.shape[0]}, 1 or {q.shape[1]}, 1, {k.shape[2]})",
-                mend="give the mask of scaled_dot_product_attention, four-dimensional",
-            )
-    if bounds is not None and (mask is None or bounds.shape != (mask.shape[0], 2) or bounds.dtype != torch.int32):
-        raise KtfxError(
-            f"attention_decode_masked got bounds {bounds.dtype} {tuple(bounds.shape)}",
-            expected="a mask, and (its first dimension, 2) int32",
-            mend="give ktfx::mask_bounds(mask), or leave them out",
-        )
+    check_mask("attention_decode_masked", mask, bounds, (q.shape[0], q.shape[1], k.shape[2]))
     if runs_kernels(q):
         out = torch.empty(*q.shape[:3], v.shape[3], dtype=q.dtype, device=q.device)
         if mask is not None and bounds is None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 
 from ktfx.errors import KtfxError
-from ktfx.ops.attention import mask_bounds
+from ktfx.ops.attention import check_mask, mask_bounds, probabilities, with_mask
 from ktfx.ops.triton_loader import kernels, runs_kernels
 
 
@@ -25,13 +25,7 @@ def mla_decode_reference(
     c_B1LR = latent.to(wide)
     scores = q_latent.to(wide) @ c_B1LR.transpose(2, 3) + q_rope.to(wide) @ k_rope.to(wide).transpose(2, 3)
     scores = scores * scale
-    if mask is not None and mask.dtype == torch.bool:
-        scores = scores.masked_fill(~mask, float("-inf"))
-    elif mask is not None:
-        scores = scores + mask.to(wide)
-    hidden = (scores == float("-inf")).all(-1, keepdim=True)
-    p = torch.where(hidden, 0.0, scores.softmax(-1))
-    return (p @ c_B1LR).to(q_latent.dtype)
+    return (probabilities(with_mask(scores, mask)) @ c_B1LR).to(q_latent.dtype)
 
 
 def _check(
@@ -58,20 +52,7 @@ def _check(
                 expected=f"{q_latent.dtype} {shape}",
                 mend=mend,
             )
-    if mask is not None:
-        sizes = ((1, B), (1, H), (1,), (L,))
-        if mask.dim() != 4 or any(size not in allowed for size, allowed in zip(mask.shape, sizes, strict=True)):
-            raise KtfxError(
-                f"mla_decode got a mask of shape {tuple(mask.shape)}",
-                expected=f"(1 or {B}, 1 or {H}, 1, {L})",
-                mend="give the mask of scaled_dot_product_attention, four-dimensional",
-            )
-    if bounds is not None and (mask is None or bounds.shape != (mask.shape[0], 2) or bounds.dtype != torch.int32):
-        raise KtfxError(
-            f"mla_decode got bounds {bounds.dtype} {tuple(bounds.shape)}",
-            expected="a mask, and (its first dimension, 2) int32",
-            mend="give ktfx::mask_bounds(mask), or leave them out",
-        )
+    check_mask("mla_decode", mask, bounds, (B, H, L))
 
 
 @torch.library.custom_op("ktfx::mla_decode", mutates_args=())

@@ -10,24 +10,15 @@ cache filled by an eager prefill; milliseconds a step, the median. ``--tiny`` tr
 from __future__ import annotations
 
 import argparse
-import gc
-import statistics
 import time
-import traceback
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
 import torch
-from whole_model import Shape, by_ktfx, copy_bandwidth, decode, eager, filled_cache, kernels
+from gpu_kernels_table import graph_time
+from whole_model import TRITON, Shape, by_ktfx, copy_bandwidth, eager, random_model, report
 
-import ktfx
-
-TRITON: dict[str, Any] = {
-    "ktfx": 1,
-    "default_device": "cuda:0",
-    "rules": [{"match": {"module": "experts"}, "replace": {"op": "experts.triton"}}],
-}
 CONTENDERS: dict[str, Callable[[Any], Callable[..., Any]]] = {
     "eager, grouped_mm": eager("grouped_mm"),
     "ktfx": by_ktfx(TRITON),
@@ -65,7 +56,7 @@ def main() -> None:
             if time.perf_counter() - began > 60 * args.minutes:
                 print(f"  {name:24} not started: time is up")
                 continue
-            reference = report(name, model, shape, reference, args.profile)
+            reference = report(name, CONTENDERS[name], model, shape, None, reference, args.profile)
 
 
 def attention(length: int, bandwidth: float) -> None:
@@ -95,29 +86,10 @@ def attention(length: int, bandwidth: float) -> None:
             "by length": lambda n=seen, w=window: torch.ops.ktfx.attention_decode(q, k, v, n, 0.125, w, sinks),
             "its bounds (ATen)": lambda m=mask: torch.ops.ktfx.mask_bounds(m),
         }
-        took = {call: captured_microseconds(run) for call, run in calls.items()}
+        took = {call: graph_time([run] * 20) for call, run in calls.items()}
         share = 2.0 * k.numel() * k.element_size() / (took["by mask"] * 1e-6) / bandwidth if name == "full" else None
         text = ", ".join(f"{call} {us:.1f} µs" for call, us in took.items())
         print(f"attention over {length} {name:6} {text}" + (f"; {share:.0%} of bandwidth" if share else ""), flush=True)
-
-
-def captured_microseconds(run: Callable[[], Any], times: int = 20) -> float:
-    """Of one call among ``times`` in a CUDA graph: launches cost what they cost in a recorded step."""
-    run()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for _ in range(times):
-            run()
-    measured = []
-    for _ in range(10):
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        measured.append(start.elapsed_time(end) * 1e3 / times)
-    return statistics.median(measured[2:])
 
 
 def make_model(layers: int, tiny: bool) -> Any:
@@ -132,49 +104,7 @@ def make_model(layers: int, tiny: bool) -> Any:
         sizes |= {"hidden_size": 64, "intermediate_size": 32, "num_local_experts": 4, "num_experts_per_tok": 2,
                   "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "vocab_size": 1000}  # fmt: skip
     config = GptOssConfig(**sizes, num_hidden_layers=layers, sliding_window=WINDOW)
-    torch.manual_seed(0)
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(torch.bfloat16)
-    try:
-        with torch.device("meta"):
-            model = GptOssForCausalLM(config).eval()
-    finally:
-        torch.set_default_dtype(before)
-    device = torch.device("cpu" if tiny else "cuda")
-    model.to_empty(device=device)
-    model.model.rotary_emb = type(model.model.rotary_emb)(config).to(device)  # its table was on meta
-    for name, parameter in model.named_parameters():
-        parameter.fill_(1.0) if "norm" in name else parameter.normal_(0.0, 0.02)
-    return model
-
-
-def report(name: str, model: Any, shape: Shape, reference: Any, profile: bool) -> Any:
-    """One line of the table; a contender that fails says why and the rest goes on."""
-    began = time.perf_counter()
-    try:
-        ids = torch.arange(shape.context * shape.batch, device=shape.device).view(shape.batch, -1) % 997
-        cache = filled_cache(model, ids, shape)
-        step = CONTENDERS[name](model)
-        logits, ms = decode(step, cache, shape)
-        note = ""
-        if reference is None:
-            reference = logits
-        else:
-            note = f"  off the first by {float((logits - reference).norm() / reference.norm()):.1e}"
-        print(f"  {name:24} {ms:8.3f} ms  ({time.perf_counter() - began:.0f} s){note}", flush=True)
-        if profile and name.startswith("ktfx") and not shape.tiny:
-            kernels(step, cache, shape)
-    except Exception as error:  # the table goes on
-        print(f"  {name:24} failed: {type(error).__name__}: {str(error)[:300]}", flush=True)
-        traceback.print_exc(limit=4)
-    finally:
-        ktfx.restore(model)
-        cache = step = None
-        torch._dynamo.reset()
-        gc.collect()
-        if not shape.tiny:
-            torch.cuda.empty_cache()
-    return reference
+    return random_model(GptOssForCausalLM, config, tiny)
 
 
 if __name__ == "__main__":

@@ -89,18 +89,23 @@ def main() -> None:
             if time.perf_counter() - start > 60 * args.minutes:
                 print(f"  {contender:28} not started: time is up")
                 continue
-            reference = report(contender, model, shape, floor, reference, args.profile)
+            reference = report(contender, CONTENDERS[contender], model, shape, floor, reference, args.profile)
     if args.prefill:
         prefills(model, args.prefill, args.tiny)
 
 
-def report(name: str, model: Any, shape: Shape, floor: float, reference: Any, profile: bool) -> Any:
-    """One line of the table; a contender that fails says why and the rest goes on."""
+def report(
+    name: str, make: Callable[[Any], Callable[..., Any]], model: Any, shape: Shape, floor: float | None, reference: Any,
+    profile: bool,
+) -> Any:  # fmt: skip
+    """One line of the table; a contender that fails says why and the rest goes on. floor: the roofline in ms, if known.
+    Returns the logits to compare with, the first where there were none.
+    """
     began = time.perf_counter()
     try:
         ids = torch.arange(shape.context * shape.batch, device=shape.device).view(shape.batch, -1) % 997
         cache = filled_cache(model, ids, shape)
-        step = CONTENDERS[name](model)
+        step = make(model)
         logits, ms = decode(step, cache, shape)
         note = ""
         if reference is None:
@@ -109,7 +114,8 @@ def report(name: str, model: Any, shape: Shape, floor: float, reference: Any, pr
             error = float((logits - reference).norm() / reference.norm())
             note = f"  off the reference (float32, or the first) by {error:.1e}"
         took = time.perf_counter() - began
-        print(f"  {name:28} {ms:8.3f} ms  {floor / ms:5.0%} of the roofline  ({took:.0f} s){note}", flush=True)
+        share = "" if floor is None else f"  {floor / ms:5.0%} of the roofline"
+        print(f"  {name:28} {ms:8.3f} ms{share}  ({took:.0f} s){note}", flush=True)
         if profile and name.startswith("ktfx") and not shape.tiny:
             kernels(step, cache, shape)
     except Exception as error:  # the table goes on
@@ -151,12 +157,17 @@ def make_model(layers: int, tiny: bool) -> Any:
         **sizes, num_hidden_layers=layers, norm_topk_prob=True, rope_theta=1e6, intermediate_size=6144,
         max_position_embeddings=40960, tie_word_embeddings=False,
     )  # fmt: skip
+    return random_model(Qwen3MoeForCausalLM, config, tiny)
+
+
+def random_model(kind: Any, config: Any, tiny: bool) -> Any:
+    """A model with random bfloat16 weights, made where it runs."""
     torch.manual_seed(0)
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.bfloat16)
     try:
         with torch.device("meta"):
-            model = Qwen3MoeForCausalLM(config).eval()
+            model = kind(config).eval()
     finally:
         torch.set_default_dtype(before)
     device = torch.device("cpu" if tiny else "cuda")
