@@ -201,6 +201,7 @@ DEFAULT_PIPELINE = (
     "fuse_rope",
     "fuse_norms",
     "group_ropes",
+    "write_caches",
     "decode_linears",
     "assign_devices",
     "insert_transfers",

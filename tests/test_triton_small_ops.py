@@ -87,6 +87,42 @@ def test_norm_rope(
 
 @settings(max_examples=EXAMPLES, deadline=None)
 @given(
+    B=st.integers(1, 3), heads=st.tuples(st.integers(1, 9), st.integers(1, 9)), S=st.integers(1, 3),
+    pairs=st.integers(1, 20), rest=st.integers(0, 9), DV=st.integers(1, 40), count=st.integers(0, 4),
+    moves=st.booleans(), turn=st.booleans(), dtype=st.sampled_from(DTYPES), seed=st.integers(0, 99),
+)  # fmt: skip
+def test_cache_write(
+    B: int, heads: tuple[int, int], S: int, pairs: int, rest: int, DV: int, count: int, moves: bool, turn: bool,
+    dtype: torch.dtype, seed: int,
+) -> None:  # fmt: skip
+    """Rows count … count + S − 1 hold the new ones to the bit, the others what they held; with norm and rope or not."""
+    from ktfx.triton_kernels.cache_write import cache_write
+    from ktfx.triton_kernels.rope import CacheRows, norm_rope, norm_rope_write
+
+    D, L = 2 * pairs + rest, count + S + seed % 3
+    q, k = (normal(B, S, h, D, seed=seed + h, dtype=dtype).transpose(1, 2) for h in heads)
+    v = normal(B, S, heads[1], DV, seed=seed + 20, dtype=dtype).transpose(1, 2)
+    keys, values = (normal(B, heads[1], L, d, seed=seed + d, dtype=dtype) for d in (D, DV))
+    at = torch.tensor(count, device=keys.device)
+    expected = [keys.clone(), values.clone()]
+    if turn:
+        tables = normal(B, S, 2 * pairs, seed=seed + 1, dtype=dtype)
+        weights = [normal(D, seed=seed + i, dtype=dtype) for i in (7, 8)] if rest else []
+        args = (tables[..., :pairs], tables[..., pairs:], STYLES[seed % 3], weights, 1e-6, KINDS[seed % 3])
+        q_made, k_made = norm_rope(q, k, *args)
+        made = norm_rope_write(q, k, *args, CacheRows(keys, values, at, v, moves), poisoned(q))
+        assert torch.equal(made, q_made)
+    else:
+        k_made = k
+        cache_write(keys, values, at, k, v, moves)
+    for cache, new, was in zip((keys, values), (k_made, v), expected, strict=True):
+        was[:, :, count : count + S] = new
+        assert torch.equal(cache, was)
+    assert int(at) == count + S * moves
+
+
+@settings(max_examples=EXAMPLES, deadline=None)
+@given(
     rows=st.integers(0, 5), D=st.integers(1, 70), dtype=st.sampled_from(DTYPES), seed=st.integers(0, 99),
     act=st.sampled_from(["silu", "gelu", "gelu_tanh", "relu", "relu2", "clamped"]), layout=st.sampled_from("acs"),
 )  # fmt: skip

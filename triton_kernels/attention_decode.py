@@ -15,6 +15,7 @@ import triton.language as tl
 from ktfx.triton_kernels.dependent_launch import dependent, wait_for_previous
 from ktfx.triton_kernels.dequant import narrow, product
 from ktfx.triton_kernels.launch import cdiv, on_its_device, pow2, sm_count
+from ktfx.triton_kernels.online_softmax import masked, part_of, softmax_step
 
 
 @triton.jit
@@ -40,9 +41,7 @@ def _part_kernel(
         length = tl.load(lengths_ptr + b * length_step).to(tl.int32)
         if SPAN == "window":
             first = tl.maximum(length - window, 0)
-    span = tl.cdiv(tl.cdiv(length - first, PARTS), BL) * BL
-    start = first + part * span
-    end = tl.minimum(start + span, length)
+    start, end = part_of(first, length, part, PARTS, BL)
 
     g, d, dv = tl.arange(0, GP), tl.arange(0, DP), tl.arange(0, DVP)
     q_at = b.to(tl.int64) * q_b + (head * GROUP + g)[:, None] * q_h + d[None, :]
@@ -62,29 +61,12 @@ def _part_kernel(
         s = product(q, k, tl.zeros((GP, BL), tl.float32)) * scale
         if SOFTCAP:
             s = softcap * (2.0 * tl.sigmoid(2.0 * s / softcap) - 1.0)  # tanh
-        if MASK != "":
-            if BY_HEAD:
-                m_at = mask_row + (head * GROUP + g)[:, None] * mask_h + pos[None, :] * mask_l
-                seen = (g < GROUP)[:, None] & there[None, :]
-            else:
-                m_at = mask_row + pos[None, :] * mask_l
-                seen = there[None, :]
-            if MASK == "keep":
-                s = tl.where(tl.load(m_at, mask=seen, other=0) != 0, s, float("-inf"))
-            else:
-                s += tl.load(m_at, mask=seen, other=float("-inf")).to(tl.float32)
-        s = tl.where(there[None, :], s, float("-inf"))
-        new_top = tl.maximum(top, tl.max(s, 1))
-        # A row of which nothing was kept so far has no maximum to subtract.
-        safe_top = tl.where(new_top > float("-inf"), new_top, 0.0)
-        p = tl.exp(s - safe_top[:, None])
-        shrink = tl.exp(top - safe_top)
-        total = total * shrink + tl.sum(p, 1)
+        s = masked(s, mask_row, head * GROUP + g, g < GROUP, pos, there, mask_h, mask_l, MASK, BY_HEAD)
+        p, shrink, top, total = softmax_step(s, top, total)
         v = tl.load(
             v_row + pos.to(tl.int64)[:, None] * v_l + dv[None, :], mask=there[:, None] & (dv < DV)[None, :], other=0.0
         )
         acc = product(narrow(p, v.dtype), v, acc * shrink[:, None])
-        top = new_top
     out = ((b * heads_kv + head) * PARTS + part).to(tl.int64) * GROUP + g
     tl.store(acc_ptr + out[:, None] * DV + dv[None, :], acc, mask=(g < GROUP)[:, None] & (dv < DV)[None, :])
     tl.store(stat_ptr + out * 2, top, mask=g < GROUP)

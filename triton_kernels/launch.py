@@ -38,6 +38,11 @@ def interpreted() -> bool:
     return bool(triton.knobs.runtime.interpret)
 
 
+def with_asserts() -> dict[str, bool]:
+    """Launch arguments of a kernel whose ``device_assert``s count, and only these. The interpreter needs no asking."""
+    return {} if interpreted() else {"debug": True, "sanitize_overflow": False}
+
+
 @lru_cache
 def native_fp8(device: torch.device) -> bool:
     """Whether the GPU converts float8 e4m3 itself (compute capability 8.9 or later)."""

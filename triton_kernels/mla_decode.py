@@ -14,6 +14,7 @@ import triton.language as tl
 from ktfx.triton_kernels.dependent_launch import dependent, wait_for_previous
 from ktfx.triton_kernels.dequant import narrow, product
 from ktfx.triton_kernels.launch import cdiv, on_its_device, pow2, sm_count
+from ktfx.triton_kernels.online_softmax import masked, part_of, softmax_step
 
 
 @triton.jit
@@ -30,9 +31,7 @@ def _part_kernel(
     if BOUNDS:
         first = tl.load(bounds_ptr + b * bounds_step)
         last = tl.load(bounds_ptr + b * bounds_step + 1)
-    span = tl.cdiv(tl.cdiv(last - first, PARTS), BL) * BL
-    start = first + part * span
-    end = tl.minimum(start + span, last)
+    start, end = part_of(first, last, part, PARTS, BL)
 
     h, r, p = block * BH + tl.arange(0, BH), tl.arange(0, RP), tl.arange(0, PP)
     heads = (h < H)[:, None]
@@ -56,26 +55,9 @@ def _part_kernel(
         )
         s = product(q, tl.trans(c), tl.zeros((BH, BL), tl.float32))
         s = product(qr, tl.trans(kr), s) * scale
-        if MASK != "":
-            if BY_HEAD:
-                m_at = mask_row + h[:, None] * mask_h + pos[None, :] * mask_l
-                seen = heads & there[None, :]
-            else:
-                m_at = mask_row + pos[None, :] * mask_l
-                seen = there[None, :]
-            if MASK == "keep":
-                s = tl.where(tl.load(m_at, mask=seen, other=0) != 0, s, float("-inf"))
-            else:
-                s += tl.load(m_at, mask=seen, other=float("-inf")).to(tl.float32)
-        s = tl.where(there[None, :], s, float("-inf"))
-        new_top = tl.maximum(top, tl.max(s, 1))
-        # A row of which nothing was kept so far has no maximum to subtract.
-        safe_top = tl.where(new_top > float("-inf"), new_top, 0.0)
-        e = tl.exp(s - safe_top[:, None])
-        shrink = tl.exp(top - safe_top)
-        total = total * shrink + tl.sum(e, 1)
+        s = masked(s, mask_row, h, h < H, pos, there, mask_h, mask_l, MASK, BY_HEAD)
+        e, shrink, top, total = softmax_step(s, top, total)
         acc = product(narrow(e, c.dtype), c, acc * shrink[:, None])
-        top = new_top
     out = (b * PARTS + part).to(tl.int64) * H + h
     tl.store(acc_ptr + out[:, None] * R + r[None, :], acc, mask=heads & (r < R)[None, :])
     tl.store(stat_ptr + out * 2, top, mask=h < H)

@@ -11,6 +11,20 @@ from ktfx.triton_kernels.launch import cdiv, on_its_device, pow2
 
 
 @triton.jit
+def normed(x, r, w, KIND: tl.constexpr, DT: tl.constexpr):
+    """What an RMS norm of the kind writes for x, in DT; x, w: float32, r: the row's 1 / root mean square."""
+    y = x * r
+    if KIND == "llama":
+        y = narrow(y, DT).to(tl.float32) * w
+    elif KIND == "gemma":
+        y = y * (1.0 + w)
+    else:
+        tl.static_assert(KIND == "late")
+        y = y * w
+    return narrow(y, DT)
+
+
+@triton.jit
 def _rms_norm_kernel(
     x_ptr, residual_ptr, w_ptr, y_ptr, sum_ptr, rows, D, eps,
     KIND: tl.constexpr, ADD: tl.constexpr, ROWS: tl.constexpr, DP: tl.constexpr, DEPENDENT: tl.constexpr = False,
@@ -27,15 +41,8 @@ def _rms_norm_kernel(
         tl.store(sum_ptr + at, x, mask=there)
         x = x.to(tl.float32)
     w = tl.load(w_ptr + d, mask=d < D, other=0.0).to(tl.float32)[None, :]
-    y = x * tl.rsqrt(tl.sum(x * x, 1) / D + eps)[:, None]
-    if KIND == "llama":
-        y = narrow(y, DT).to(tl.float32) * w
-    elif KIND == "gemma":
-        y = y * (1.0 + w)
-    else:
-        tl.static_assert(KIND == "late")
-        y = y * w
-    tl.store(y_ptr + at, narrow(y, DT), mask=there)
+    r = tl.rsqrt(tl.sum(x * x, 1) / D + eps)[:, None]
+    tl.store(y_ptr + at, normed(x, r, w, KIND, DT), mask=there)
 
 
 @on_its_device

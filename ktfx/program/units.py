@@ -12,6 +12,7 @@ from torch import fx
 
 from ktfx.errors import PassError
 from ktfx.graph import fake_mode_of, is_size_node, replace_devices, target_name
+from ktfx.ops.cache_write import IN_PLACE, WRITTEN, InPlace
 
 copy_ = torch.ops.aten.copy_.default
 
@@ -82,16 +83,56 @@ def extract_unit(
     for node in sizes:
         env[node] = _copy_size(graph, node, env, symbols)
     for node in nodes:
+        if node in env:
+            continue
+        twin = _in_place(node, nodes, folded, outputs)
+        if twin is not None:
+            env.update(_call_in_place(graph, node, twin, env))
+            continue
         inner = graph.node_copy(node, lambda n: env[n])
         inner._rename(f"n{len(env)}")
         inner.meta = {k: v for k, v in node.meta.items() if k in ("val", "stack_trace", "nn_module_stack")}
         replace_devices(inner, real)
         env[node] = inner
     for value, target in folded.items():
+        if env[value] is env[target]:
+            continue  # written in place
         graph.call_function(copy_, (env[target], env[value])).meta["val"] = target.meta["val"]
     graph.output(tuple(env[n] for n in outputs))
     gm = fx.GraphModule(torch.nn.Module(), graph)
     return UnitGraph(gm, inputs, outputs, list(folded.values()), _key(graph, fakes, real), fakes)
+
+
+def _in_place(
+    node: fx.Node, nodes: list[fx.Node], folded: dict[fx.Node, fx.Node], outputs: list[fx.Node]
+) -> InPlace | None:
+    """The twin that may take the op's place: all it writes is written back to where it was read, and read no more."""
+    twin = IN_PLACE.get(node.target)
+    if twin is None:
+        return None
+    results = {g: g.args[1] for g in node.users}
+    later = set(nodes[nodes.index(node) + 1 :])
+    for position in range(twin.written(node.args)):
+        target = node.args[position]
+        back = [g for g, i in results.items() if i == position]
+        if not back or any(g in outputs for g in back) or all(folded.get(g) is not target for g in back):
+            return None
+        if not isinstance(target, fx.Node) or later & set(target.users):
+            return None
+    return twin
+
+
+def _call_in_place(graph: fx.Graph, node: fx.Node, twin: InPlace, env: dict[fx.Node, Any]) -> dict[fx.Node, Any]:
+    """Call the twin: what stands for the op and for each of its results. What is not written stays as it came."""
+    made = graph.call_function(twin.op, fx.node.map_arg(node.args, lambda n: env[n]))  # type: ignore[arg-type]
+    values = node.meta["val"]
+    made.meta["val"] = values[WRITTEN] if len(values) > WRITTEN else None
+    found: dict[fx.Node, Any] = {node: made}
+    for result in node.users:
+        position = result.args[1]
+        assert isinstance(position, int)
+        found[result] = env[node.args[position]] if position < WRITTEN else made  # type: ignore[index]
+    return found
 
 
 def on_device(val: Any, device: torch.device, mode: Any) -> Any:
