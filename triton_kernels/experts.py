@@ -31,6 +31,7 @@ from ktfx.triton_kernels.matmul import (
     load_inputs,
     multiply_rows,
     multiply_tile,
+    row_inputs,
     scale_row,
     stored_weight,
 )
@@ -41,11 +42,11 @@ from ktfx.tuning import bucket, remembered
 
 @triton.jit
 def _pairs_up_kernel(
-    x_ptr, ids_ptr, w_ptr, s_ptr, z_ptr, b_ptr, h_ptr,
-    E, H, inter, ldw, lds, alpha, limit,
+    x_ptr, xs_ptr, ids_ptr, w_ptr, s_ptr, z_ptr, b_ptr, h_ptr,
+    E, H, inter, ldx, ldw, lds, alpha, limit,
     TOPK: tl.constexpr, L: tl.constexpr, FMT: tl.constexpr, G: tl.constexpr, ACT: tl.constexpr, GATE: tl.constexpr,
     BIAS: tl.constexpr, NATIVE: tl.constexpr, R: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr,
-    WORDS: tl.constexpr, DEPENDENT: tl.constexpr = False,
+    INTEGER: tl.constexpr, DEPENDENT: tl.constexpr = False,
 ):  # fmt: skip
     wait_for_previous(DEPENDENT)
     s = tl.program_id(1)
@@ -55,12 +56,13 @@ def _pairs_up_kernel(
     # A tile of ids: the interpreter cannot splat a scalar mask.
     ok = (tl.zeros_like(n) + i[None, :] < inter) & (tl.zeros_like(n) + e >= 0) & (tl.zeros_like(n) + e < E)
     row, srow = e * (L * inter) + n, scale_row(e, n, L * inter, FMT)
-    xrow = tl.zeros((1,), tl.int64) + (s // TOPK).to(tl.int64) * H
-    acc = accumulator(L, R, FMT, G, BK, WORDS)
+    xrow = tl.zeros((1,), tl.int64) + s // TOPK
+    acc = accumulator(L, R, FMT, G, BK, INTEGER)
     for k0 in tl.range(0, H, BK, num_stages=STAGES):
         acc = multiply_rows(
-            acc, w_ptr, s_ptr, z_ptr, row, srow, ok, x_ptr, xrow, k0, H, ldw, lds, FMT, G, BK, NATIVE, WORDS
-        )
+            acc, w_ptr, s_ptr, z_ptr, row, srow, ok, x_ptr, xs_ptr, xrow, ldx, k0, H, ldw, lds,
+            FMT, G, BK, NATIVE, INTEGER,
+        )  # fmt: skip
     y = tl.sum(acc, 2)
     if FMT == "int8":
         y *= tl.load(s_ptr + srow, mask=ok, other=0.0)
@@ -76,11 +78,11 @@ def _pairs_up_kernel(
 
 @triton.jit
 def _pairs_down_kernel(
-    h_ptr, ids_ptr, weights_ptr, w_ptr, s_ptr, z_ptr, b_ptr, out_ptr,
-    E, H, inter, ldw, lds,
+    h_ptr, hs_ptr, ids_ptr, weights_ptr, w_ptr, s_ptr, z_ptr, b_ptr, out_ptr,
+    E, H, inter, ldh, ldw, lds,
     TOPK: tl.constexpr, KP: tl.constexpr, FMT: tl.constexpr, G: tl.constexpr, BIAS: tl.constexpr, NATIVE: tl.constexpr,
     R: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr,
-    WORDS: tl.constexpr, LINES: tl.constexpr = 0, DEPENDENT: tl.constexpr = False,
+    INTEGER: tl.constexpr, LINES: tl.constexpr = 0, DEPENDENT: tl.constexpr = False,
 ):  # fmt: skip
     t = tl.program_id(1)
     k = tl.arange(0, KP)
@@ -90,17 +92,18 @@ def _pairs_down_kernel(
     n = tl.program_id(0) * R + tl.arange(0, R)
     ok = valid[:, None] & (n < H)[None, :]
     row, srow = e[:, None] * H + n[None, :], scale_row(e[:, None], n[None, :], H, FMT)
-    # The kernel before is _pairs_up_kernel, which let this one begin when the choice of experts was there to be read.
+    # The kernels before, back to _pairs_up_kernel, let this one begin when the choice of experts was there to be read.
     if DEPENDENT and LINES > 0:
         there = tl.minimum(tl.maximum(e, 0), E - 1)[:, None] * H + tl.minimum(n, H - 1)[None, :]
         prefetch_rows(w_ptr, tl.reshape(there, (KP * R,)), inter, ldw, LINES)
     wait_for_previous(DEPENDENT)
-    xrow = (t * TOPK + tl.where(valid, k, 0)).to(tl.int64) * inter
-    acc = accumulator(KP, R, FMT, G, BK, WORDS)
+    xrow = (t * TOPK + tl.where(valid, k, 0)).to(tl.int64)
+    acc = accumulator(KP, R, FMT, G, BK, INTEGER)
     for i0 in tl.range(0, inter, BK, num_stages=STAGES):
         acc = multiply_rows(
-            acc, w_ptr, s_ptr, z_ptr, row, srow, ok, h_ptr, xrow, i0, inter, ldw, lds, FMT, G, BK, NATIVE, WORDS
-        )
+            acc, w_ptr, s_ptr, z_ptr, row, srow, ok, h_ptr, hs_ptr, xrow, ldh, i0, inter, ldw, lds,
+            FMT, G, BK, NATIVE, INTEGER,
+        )  # fmt: skip
     y = tl.sum(acc, 2)
     if FMT == "int8":
         y *= tl.load(s_ptr + srow, mask=ok, other=0.0)
@@ -237,10 +240,11 @@ TilesPair = tuple[TilesConfig, TilesConfig]
 def pairs_config(weight: StoredWeight, K: int, leading: int) -> PairsConfig:
     """leading: how many weight rows each of the R rows stands for (2 for gate and up, K chosen for down)."""
     if weight.nibbles or weight.fmt == "int8":
-        # One warp a program: each thread then holds all rows of its part of k, and unpacks the inputs once for them.
-        return PairsConfig(
-            R=4 if leading <= 4 else 2, BK=(1024 if weight.nibbles else 512) // (1 if leading <= 2 else 2), num_warps=1
-        )
+        # A thread takes one run of 16 bytes of four rows at a step, so that all are asked for before any is needed.
+        run, rows = 32 if weight.nibbles else 16, pow2(leading)
+        BK = min(max(pow2(K), 32 * run), 128 * run)
+        R = max(1, 4 // rows)
+        return PairsConfig(R=R, BK=BK, num_warps=BK // (32 * run) * max(1, rows * R // 4))
     BK = min(1024 if weight.nibbles else 512, max(pow2(K), 16))
     if weight.grouped:
         BK = max(BK, weight.group)
@@ -380,18 +384,20 @@ def _run_pairs(
     (T, H), K, inter, E = x.shape, ids.shape[1], spec.intermediate, spec.num_experts
     L = 1 if spec.gate == "none" else 2
     h = torch.empty(T * K, inter, dtype=x.dtype, device=x.device)
+    xs = row_inputs(x, up)
     _pairs_up_kernel[(cdiv(inter, first.R), T * K)](
-        x, ids, up.data, up.scales, up.zeros, biases[0], h,
-        E, H, inter, up.ldw, up.lds, spec.alpha, spec.limit,
+        xs.data, xs.scales, ids, up.data, up.scales, up.zeros, biases[0], h,
+        E, H, inter, xs.ldx, up.ldw, up.lds, spec.alpha, spec.limit,
         TOPK=K, L=L, ACT=spec.activation, GATE=spec.gate, R=first.R, BK=first.BK, STAGES=first.STAGES,
-        WORDS=up.words(x, H, first.BK),
+        INTEGER=xs.integer,
         num_warps=first.num_warps, BIAS=spec.has_bias, **dependent(x.device), **up.constants(),
     )  # fmt: skip
+    hs = row_inputs(h, down)
     _pairs_down_kernel[(cdiv(H, second.R), T)](
-        h, ids, weights, down.data, down.scales, down.zeros, biases[1], out,
-        E, H, inter, down.ldw, down.lds,
+        hs.data, hs.scales, ids, weights, down.data, down.scales, down.zeros, biases[1], out,
+        E, H, inter, hs.ldx, down.ldw, down.lds,
         TOPK=K, KP=pow2(K), R=second.R, BK=second.BK, STAGES=second.STAGES,
-        WORDS=down.words(h, inter, second.BK), LINES=down.lines,
+        INTEGER=hs.integer, LINES=down.lines,
         num_warps=second.num_warps, BIAS=spec.has_bias, **dependent(x.device), **down.constants(),
     )  # fmt: skip
 

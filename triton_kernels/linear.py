@@ -21,6 +21,7 @@ from ktfx.triton_kernels.matmul import (
     load_inputs,
     multiply_rows,
     multiply_tile,
+    row_inputs,
     scale_row,
     stored_weight,
 )
@@ -28,9 +29,9 @@ from ktfx.triton_kernels.matmul import (
 
 @triton.jit
 def _rows_kernel(
-    x_ptr, w_ptr, s_ptr, z_ptr, b_ptr, y_ptr, N, K, ldx, ldw, lds,
+    x_ptr, xs_ptr, w_ptr, s_ptr, z_ptr, b_ptr, y_ptr, N, K, ldx, ldw, lds,
     FMT: tl.constexpr, G: tl.constexpr, BIAS: tl.constexpr, NATIVE: tl.constexpr,
-    R: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr, WORDS: tl.constexpr,
+    R: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr, INTEGER: tl.constexpr,
     LINES: tl.constexpr = 0, DEPENDENT: tl.constexpr = False,
 ):  # fmt: skip
     m = tl.program_id(1)
@@ -40,12 +41,13 @@ def _rows_kernel(
     wait_for_previous(DEPENDENT)
     row, ok = n[None, :].to(tl.int64), (n < N)[None, :]
     srow = scale_row(tl.zeros((1, 1), tl.int64), row, N, FMT)
-    xrow = tl.zeros((1,), tl.int64) + m.to(tl.int64) * ldx
-    acc = accumulator(1, R, FMT, G, BK, WORDS)
+    xrow = tl.zeros((1,), tl.int64) + m
+    acc = accumulator(1, R, FMT, G, BK, INTEGER)
     for k0 in tl.range(0, K, BK, num_stages=STAGES):
         acc = multiply_rows(
-            acc, w_ptr, s_ptr, z_ptr, row, srow, ok, x_ptr, xrow, k0, K, ldw, lds, FMT, G, BK, NATIVE, WORDS
-        )
+            acc, w_ptr, s_ptr, z_ptr, row, srow, ok, x_ptr, xs_ptr, xrow, ldx, k0, K, ldw, lds,
+            FMT, G, BK, NATIVE, INTEGER,
+        )  # fmt: skip
     y = tl.sum(tl.sum(acc, 2), 0)
     if FMT == "int8":
         y *= tl.load(s_ptr + n, mask=n < N, other=0.0)
@@ -116,8 +118,10 @@ class LinearConfig:
 def linear_config(weight: StoredWeight, M: int, N: int, K: int, itemsize: int) -> LinearConfig:
     """A choice by shape alone; ``ktfx.tuning`` may know a better one."""
     if M <= 2 and (weight.nibbles or weight.fmt == "int8") and itemsize == 2:
-        # One warp a program: each thread then holds all R rows of its part of k, and unpacks the inputs once for them.
-        return LinearConfig(True, R=8, BK=1024 if weight.nibbles else 512, num_warps=1, num_stages=1)
+        # A thread takes one run of 16 bytes of four rows at a step, so that all are asked for before any is needed.
+        run = 32 if weight.nibbles else 16
+        BK = min(max(pow2(K), 32 * run), 128 * run)
+        return LinearConfig(True, R=4, BK=BK, num_warps=BK // (32 * run), num_stages=1)
     if M <= 2:
         BK = min(1024 if weight.nibbles else 512, max(pow2(K), 16))
         return LinearConfig(True, R=4, BK=max(BK, weight.group), num_stages=1)
@@ -160,9 +164,11 @@ def linear(
     b = weight.data if bias is None else bias
     shared = {"BIAS": bias is not None, **weight.constants()}
     if c.rows:
+        inputs = row_inputs(flat, weight)
         _rows_kernel[(cdiv(N, c.R), M)](
-            flat, weight.data, weight.scales, weight.zeros, b, y, N, K, flat.stride(0), weight.ldw, weight.lds,
-            R=c.R, BK=c.BK, STAGES=c.num_stages, WORDS=weight.words(flat, K, c.BK), num_warps=c.num_warps,
+            inputs.data, inputs.scales, weight.data, weight.scales, weight.zeros, b, y,
+            N, K, inputs.ldx, weight.ldw, weight.lds,
+            R=c.R, BK=c.BK, STAGES=c.num_stages, INTEGER=inputs.integer, num_warps=c.num_warps,
             LINES=weight.lines, **dependent(x.device), **shared,
         )  # fmt: skip
         return y

@@ -1,7 +1,8 @@
 """Products with a stored weight, the two shapes every matmul family builds on.
 
-``multiply_rows`` is for one vector: weight rows times x in float32 on the ordinary units, which is all that reading at
-full bandwidth needs. ``multiply_tile`` is for many: tensor cores, with the weight as the left operand.
+``multiply_rows`` is for one vector: weight rows times x on the ordinary units, in float32 or, for formats of 4 and 8
+bits, in integers (``integer_rows``), which is all that reading at full bandwidth needs. ``multiply_tile`` is for many:
+tensor cores, with the weight as the left operand.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import torch
 import triton
 import triton.language as tl
 from ktfx.triton_kernels.dequant import e2m1, e4m3, group_offset, load_group_scale, narrow, nibbles, product
+from ktfx.triton_kernels.integer_rows import IntegerInputs, integer_inputs, multiply_integers
 from ktfx.triton_kernels.launch import bytes_view, cdiv, native_fp8, pow2
 
 from ktfx.formats import FP8_BLOCK, parse_format
@@ -28,16 +30,19 @@ def scale_row(e, n, N, FMT: tl.constexpr):
 
 @triton.jit
 def multiply_rows(
-    acc, w_ptr, s_ptr, z_ptr, row, srow, ok, x_ptr, xrow, k0, K, ldw, lds,
-    FMT: tl.constexpr, G: tl.constexpr, BK: tl.constexpr, NATIVE: tl.constexpr, WORDS: tl.constexpr = False,
+    acc, w_ptr, s_ptr, z_ptr, row, srow, ok, x_ptr, xs_ptr, xrow, ldx, k0, K, ldw, lds,
+    FMT: tl.constexpr, G: tl.constexpr, BK: tl.constexpr, NATIVE: tl.constexpr, INTEGER: tl.constexpr = False,
 ):  # fmt: skip
     """acc += w[row, k0:k0+BK] · x[xrow, k0:k0+BK], still unsummed along k (model, int8) or along groups.
 
-    row, srow, ok: (L, R), weight rows, scale rows and which exist; xrow: (L or 1,) element offsets of the inputs.
-    acc: what ``accumulator`` gives. WORDS: by ``multiply_words``.
+    row, srow, ok: (L, R), weight rows, scale rows and which exist; xrow: (L or 1,) rows of x, times ``ldx`` here.
+    acc: what ``accumulator`` gives. INTEGER: x_ptr and xs_ptr hold ``IntegerInputs``, ldx their blocks in a row.
     """
-    if WORDS:
-        acc = multiply_words(acc, w_ptr, s_ptr, z_ptr, row, srow, ok, x_ptr, xrow, k0, K, ldw, lds, FMT, G, BK)
+    xrow = xrow * ldx
+    if INTEGER:
+        acc = multiply_integers(
+            acc, w_ptr, s_ptr, z_ptr, row, srow, ok, x_ptr, xs_ptr, xrow, k0, ldx, ldw, lds, FMT, G, BK
+        )
     elif FMT == "model" or FMT == "int8":
         k = k0 + tl.arange(0, BK)
         x = tl.load(x_ptr + xrow[:, None] + k[None, :], mask=(k < K)[None, :], other=0.0).to(tl.float32)
@@ -78,125 +83,13 @@ def multiply_rows(
 
 
 @triton.jit
-def four_inputs(x_ptr, at, there, FACTOR: tl.constexpr):
-    """x[4·at … 4·at + 3] as four float32 tiles from one 8-byte load, times FACTOR. x: bfloat16 or float16."""
-    DT: tl.constexpr = x_ptr.dtype.element_ty
-    both = tl.load(x_ptr.to(tl.pointer_type(tl.int64)) + at, mask=there, other=0)
-    first, second = both.to(tl.int32), (both >> 32).to(tl.int32)
-    if tl.bfloat16 == DT:
-        a, b = (first << 16).to(tl.float32, bitcast=True), (first & -65536).to(tl.float32, bitcast=True)
-        c, d = (second << 16).to(tl.float32, bitcast=True), (second & -65536).to(tl.float32, bitcast=True)
-    else:
-        a = first.to(tl.int16).to(DT, bitcast=True).to(tl.float32)
-        b = (first >> 16).to(tl.int16).to(DT, bitcast=True).to(tl.float32)
-        c = second.to(tl.int16).to(DT, bitcast=True).to(tl.float32)
-        d = (second >> 16).to(tl.int16).to(DT, bitcast=True).to(tl.float32)
-    if FACTOR != 1.0:
-        a, b, c, d = a * FACTOR, b * FACTOR, c * FACTOR, d * FACTOR
-    return a, b, c, d
-
-
-@triton.jit
-def nibble_pair(word, byte: tl.constexpr, FMT: tl.constexpr):
-    """Low and high nibble of a byte of int32 words as float32 in two or three operations each.
-
-    int4: 2¹¹ + low and 2⁷ + high (the nibble lies inside the mantissa; the caller takes the offsets off whole blocks).
-    mxfp4: the values times 2⁻¹²⁶ (see ``e2m1``).
-    """
-    if FMT == "mxfp4":
-        low = ((word << (28 - 8 * byte)) >> 6) & -2118123520  # sign, two bits of exponent, one of mantissa
-        high = ((word << (24 - 8 * byte)) >> 6) & -2118123520
-    else:
-        if byte == 0:
-            at = word << 12
-        elif byte == 1:
-            at = word << 4
-        elif byte == 2:
-            at = word >> 4
-        else:
-            at = word >> 12
-        low = (at & 0xF000) | 0x45000000
-        high = (at & 0xF0000) | 0x43000000
-    return low.to(tl.float32, bitcast=True), high.to(tl.float32, bitcast=True)
-
-
-@triton.jit
-def multiply_words(
-    acc, w_ptr, s_ptr, z_ptr, row, srow, ok, x_ptr, xrow, k0, K, ldw, lds,
-    FMT: tl.constexpr, G: tl.constexpr, BK: tl.constexpr,
-):  # fmt: skip
-    """``multiply_rows`` of int4, int4zp, mxfp4 and int8 over 16-bit inputs: 16 bytes of weights a thread at a time.
-
-    What a nibble stands for is only worked out as far as a float32 with an offset; offsets and scales are applied once
-    a block of 32 values. acc: (L, R, BK / 32). Needs K and xrow divisible by 4, rows of whole 16-byte runs.
-    """
-    NB: tl.constexpr = BK // 32 if FMT != "int8" else BK // 16
-    b, c = tl.arange(0, NB)[:, None], tl.arange(0, 4)[None, :]
-    words = w_ptr.to(tl.pointer_type(tl.int32))
-    if FMT == "int8":
-        at = k0 // 4 + b * 4 + c
-        in_row = at * 4 < K
-        w = tl.load(
-            words + row[:, :, None, None] * (ldw // 4) + at[None, None, :, :],
-            mask=ok[:, :, None, None] & in_row[None, None, :, :], other=0,
-        )  # fmt: skip
-        x0, x1, x2, x3 = four_inputs(x_ptr, (xrow // 4)[:, None, None] + at[None, :, :], in_row[None, :, :], 1.0)
-        # A byte with its sign bit flipped is value + 128; at a mantissa's bits 8 … 15 it is 2¹⁵ + 128 + value.
-        w = w ^ -2139062144
-        part = (((w << 8) & 0xFF00) | 0x47000000).to(tl.float32, bitcast=True) * x0[:, None, :, :]
-        part += ((w & 0xFF00) | 0x47000000).to(tl.float32, bitcast=True) * x1[:, None, :, :]
-        part += (((w >> 8) & 0xFF00) | 0x47000000).to(tl.float32, bitcast=True) * x2[:, None, :, :]
-        part += (((w >> 16) & 0xFF00) | 0x47000000).to(tl.float32, bitcast=True) * x3[:, None, :, :]
-        part -= (32896.0 * (x0 + x1 + x2 + x3))[:, None, :, :]
-        acc += tl.sum(part, 3)
-    else:
-        FACTOR: tl.constexpr = 1.8446744073709552e19 if FMT == "mxfp4" else 1.0  # 2⁶⁴: products stay normal numbers
-        g = (k0 + tl.arange(0, NB) * 32) // G
-        there = ok[:, :, None] & (g * G < K)[None, None, :]
-        at_scale = srow[:, :, None] * lds + g[None, None, :]
-        col = k0 // 8 + b * 4 + c
-        w = tl.load(
-            words + row[:, :, None, None] * (ldw // 4) + col[None, None, :, :], mask=there[:, :, :, None], other=0
-        )
-        at = k0 // 4 + b * 8 + c
-        xat = (xrow // 4)[:, None, None] + at[None, :, :]
-        l0, l1, l2, l3 = four_inputs(x_ptr, xat, (at * 4 < K)[None, :, :], FACTOR)
-        h0, h1, h2, h3 = four_inputs(x_ptr, xat + 4, (at * 4 + 16 < K)[None, :, :], FACTOR)
-        low, high = nibble_pair(w, 0, FMT)
-        part = low * l0[:, None, :, :]
-        part += high * h0[:, None, :, :]
-        low, high = nibble_pair(w, 1, FMT)
-        part += low * l1[:, None, :, :]
-        part += high * h1[:, None, :, :]
-        low, high = nibble_pair(w, 2, FMT)
-        part += low * l2[:, None, :, :]
-        part += high * h2[:, None, :, :]
-        low, high = nibble_pair(w, 3, FMT)
-        part += low * l3[:, None, :, :]
-        part += high * h3[:, None, :, :]
-        scale = load_group_scale(s_ptr, at_scale, there, FMT)
-        if FMT == "mxfp4":
-            acc += tl.sum(part, 3) * 4.611686018427388e18 * scale  # 2⁶², what is left of 2¹²⁶
-        else:
-            x_low, x_high = l0 + l1 + l2 + l3, h0 + h1 + h2 + h3
-            if FMT == "int4zp":
-                part -= (2048.0 * x_low + 128.0 * x_high)[:, None, :, :]
-                zero = tl.load(z_ptr + at_scale, mask=there, other=0).to(tl.float32)
-                acc += (tl.sum(part, 3) - zero * tl.sum(x_low + x_high, 2)[:, None, :]) * scale
-            else:
-                part -= (2056.0 * x_low + 136.0 * x_high)[:, None, :, :]
-                acc += tl.sum(part, 3) * scale
-    return acc
-
-
-@triton.jit
 def accumulator(
-    L: tl.constexpr, R: tl.constexpr, FMT: tl.constexpr, G: tl.constexpr, BK: tl.constexpr, WORDS: tl.constexpr
+    L: tl.constexpr, R: tl.constexpr, FMT: tl.constexpr, G: tl.constexpr, BK: tl.constexpr, INTEGER: tl.constexpr
 ):
-    """Zeros for ``multiply_rows``, or with WORDS for ``multiply_words``."""
-    WORD_PARTS: tl.constexpr = BK // 16 if FMT == "int8" else BK // 32
-    ROW_PARTS: tl.constexpr = BK if FMT == "model" or FMT == "int8" else BK // G
-    PARTS: tl.constexpr = WORD_PARTS if WORDS else ROW_PARTS
+    """Zeros for ``multiply_rows``."""
+    RUNS: tl.constexpr = BK // 16 if FMT == "int8" else BK // 32
+    SUMS: tl.constexpr = BK if FMT == "model" or FMT == "int8" else BK // G
+    PARTS: tl.constexpr = RUNS if INTEGER else SUMS
     return tl.zeros((L, R, PARTS), tl.float32)
 
 
@@ -277,22 +170,32 @@ class StoredWeight:
         lines = pow2(cdiv(self.ldw * self.data.element_size(), 128))
         return lines if lines <= 256 else 0
 
-    def words(self, x: torch.Tensor, K: int, BK: int) -> bool:
-        """Whether ``multiply_words`` can be used: 16-bit inputs in 8-byte runs, weights in 16-byte runs."""
-        return (
-            (self.nibbles or self.fmt == "int8")
-            and x.element_size() == 2
-            and K % 4 == 0
-            and x.stride(0) % 4 == 0
-            and x.data_ptr() % 8 == 0
-            and self.ldw % 16 == 0
-            and BK >= 64
-        )
+    def integers(self, x: torch.Tensor) -> bool:
+        """Whether ``multiply_integers`` serves: a format of 4 or 8 bits in whole 16-byte runs, inputs of 16 bits."""
+        return (self.nibbles or self.fmt == "int8") and x.element_size() == 2 and self.ldw % 16 == 0
 
     def constants(self) -> dict[str, object]:
         """The launch arguments that name the format."""
         native = self.fmt == "fp8" and native_fp8(self.data.device)
         return {"FMT": self.fmt, "G": max(self.group, 1), "NATIVE": native}
+
+
+@dataclass(frozen=True)
+class RowInputs:
+    """x (T, K) as ``multiply_rows`` takes it: x itself and its stride, or its integers and their blocks in a row."""
+
+    data: torch.Tensor
+    scales: torch.Tensor
+    ldx: int
+    integer: bool
+
+
+def row_inputs(x: torch.Tensor, weight: StoredWeight, made: IntegerInputs | None = None) -> RowInputs:
+    """made: x as integers, where these exist already."""
+    if not weight.integers(x):
+        return RowInputs(x, x, x.stride(0), False)
+    integers = made or integer_inputs(x, paired=weight.fmt == "mxfp4")
+    return RowInputs(integers.planes, integers.scales, integers.blocks, True)
 
 
 def stored_weight(name: str, tensors: Sequence[torch.Tensor]) -> StoredWeight:
