@@ -311,19 +311,17 @@ def tuned_configs(
     return (first, second) if good else None  # type: ignore[return-value]
 
 
-PAIRS_CANDIDATES = [
-    PairsConfig(R, BK, warps, stages)
-    for R in (1, 2, 4, 8)
-    for BK in (256, 512, 1024, 2048)
-    for warps, stages in ((1, 1), (2, 1), (4, 1))
-]
-TILES_CANDIDATES = [
-    TilesConfig(BM, BN, BK, 8, warps, stages)
-    for BM, shapes in {16: ((64, 4), (32, 4), (128, 4)), 128: ((64, 8), (64, 4), (128, 8))}.items()
-    for BN, warps in shapes
-    for BK in (32, 64, 128)
-    for stages in ((3, 5) if BM == 16 else (3, 4))
-]
+def neighbours(config: PairsConfig | TilesConfig) -> list[PairsConfig | TilesConfig]:
+    """What a sweep tries beside a configuration: one field halved or doubled, and BK with the warps over it."""
+    if isinstance(config, PairsConfig):
+        steps = [(f, 1) for f in (0.5, 2)] + [(1, f) for f in (0.5, 2)] + [(0.5, 0.5), (2, 2)]
+        found: list[PairsConfig | TilesConfig] = [replace(config, R=int(config.R * f)) for f in (0.5, 2)]
+        found += [replace(config, BK=int(config.BK * b), num_warps=int(config.num_warps * w)) for b, w in steps]
+        return [c for c in found if isinstance(c, PairsConfig) and min(c.R, c.num_warps) >= 1 and c.num_warps <= 16]
+    c = config
+    tiles = [replace(c, BN=int(c.BN * f)) for f in (0.5, 2)] + [replace(c, BK=int(c.BK * f)) for f in (0.5, 2)]
+    tiles += [replace(c, num_stages=c.num_stages + d) for d in (-1, 1)] + [replace(c, num_warps=12 - c.num_warps)]
+    return [t for t in tiles if t.BN >= 32 and t.BK >= 32 and t.num_warps in (4, 8)]
 
 
 def fits(config: PairsConfig | TilesConfig, weight: StoredWeight, first: PairsConfig | TilesConfig) -> bool:

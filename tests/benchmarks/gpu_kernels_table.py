@@ -539,12 +539,6 @@ def time_small() -> list[Row]:
 
 
 # -- tuning
-def tune_candidates(kind: str) -> list[Any]:
-    from ktfx.triton_kernels import experts
-
-    return experts.PAIRS_CANDIDATES if kind == "pairs" else experts.TILES_CANDIDATES
-
-
 def tune_experts(name: str, weights: str, T: int, check: bool, part: tuple[int, int] = (0, 1)) -> list[Row]:
     """Times each candidate for the first kernel beside the second as it is, then for the second. With ``check``: small,
     errors instead of times, and only every part[1]th candidate.
@@ -563,7 +557,7 @@ def tune_experts(name: str, weights: str, T: int, check: bool, part: tuple[int, 
     exact = experts_exact(spec, x, *steps[0], packed) if check else None
     for which in (0, 1):
         found = (math.inf, best[which])
-        for i, candidate in enumerate([best[which], *tune_candidates("pairs" if pairs else "tiles")]):
+        for i, candidate in enumerate([best[which], *experts.neighbours(best[which])]):
             if check and i % part[1] != part[0]:
                 continue
             if not experts.fits(candidate, experts.weight_of(spec, packed, which), base[0]):
