@@ -203,6 +203,7 @@ DEFAULT_PIPELINE = (
     "group_ropes",
     "write_caches",
     "decode_linears",
+    "norm_linears",
     "assign_devices",
     "insert_transfers",
     "partition_by_device",

@@ -11,6 +11,7 @@ from triton_cases import DTYPES, FEW, assert_close, needs_kernels, normal, poiso
 
 import ktfx.ops.linear_rows  # noqa: F401  (registers the op)
 from ktfx.errors import KtfxError
+from ktfx.ops.norms import KINDS, rms_norm_reference
 
 pytestmark = needs_kernels
 
@@ -34,6 +35,32 @@ def test_values(
     for i, (y, w) in enumerate(zip(made, weights, strict=True)):
         assert y is out[i]
         assert_close(y, F.linear(x.double(), w.double(), biases[i].double() if bias else None), dtype)
+
+
+@settings(max_examples=12 if FEW else 120, deadline=None)
+@given(
+    M=st.integers(1, 2), K=st.integers(1, 150), sizes=st.lists(st.integers(1, 20), min_size=1, max_size=4),
+    dtype=st.sampled_from(DTYPES), kind=st.sampled_from(KINDS), add=st.booleans(), R=st.sampled_from([1, 2, 4]),
+    BK=st.sampled_from([16, 64, 256]), seed=st.integers(0, 99),
+)  # fmt: skip
+def test_with_the_norm_before(
+    M: int, K: int, sizes: list[int], dtype: torch.dtype, kind: str, add: bool, R: int, BK: int, seed: int
+) -> None:
+    from ktfx.triton_kernels.linear_rows import RowsConfig, norm_linear_rows
+
+    x, residual = (normal(M, K, seed=seed + i, dtype=dtype) for i in (0, 20))
+    norm = normal(K, seed=seed + 21, dtype=dtype) + 1
+    weights = [normal(n, K, seed=seed + i + 1, dtype=dtype, scale=K**-0.5) for i, n in enumerate(sizes)]
+    out = [poisoned(t) for t in (x, x)[: 1 + add]] + [poisoned(x.new_empty(M, n)) for n in sizes]
+    config = RowsConfig(R, BK, 4)
+    made = norm_linear_rows(x, residual if add else None, norm, 1e-6, kind, weights, [], out, config)
+    total = x + residual if add else x
+    if add:
+        assert torch.equal(made[1], total)
+    y = rms_norm_reference(total, norm, 1e-6, kind)
+    assert_close(made[0], y.double(), dtype)
+    for result, w in zip(made[1 + add :], weights, strict=True):
+        assert_close(result, F.linear(made[0].double(), w.double()), dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -33,6 +33,7 @@ from ktfx.triton_kernels.matmul import (
     multiply_tile,
     row_inputs,
     scale_row,
+    step_of,
     stored_weight,
 )
 
@@ -238,17 +239,21 @@ TilesPair = tuple[TilesConfig, TilesConfig]
 
 
 def pairs_config(weight: StoredWeight, K: int, leading: int) -> PairsConfig:
-    """leading: how many weight rows each of the R rows stands for (2 for gate and up, K chosen for down)."""
+    """leading: how many weight rows each of the R rows stands for (2 for gate and up, K chosen for down).
+
+    By sweeps on one H100 over the shapes of Qwen3-30B-A3B, gpt-oss-20b and DeepSeek-V3.
+    """
+    rows = pow2(leading)
     if weight.nibbles or weight.fmt == "int8":
-        # A thread takes one run of 16 bytes of four rows at a step, so that all are asked for before any is needed.
-        run, rows = 32 if weight.nibbles else 16, pow2(leading)
-        BK = min(max(pow2(K), 32 * run), 128 * run)
-        R = max(1, 4 // rows)
-        return PairsConfig(R=R, BK=BK, num_warps=BK // (32 * run) * max(1, rows * R // 4))
-    BK = min(1024 if weight.nibbles else 512, max(pow2(K), 16))
+        # A warp takes 32 runs of 16 bytes of a row at a step, a thread one run of four rows or, of down, eight.
+        warp = 32 * (32 if weight.nibbles else 16)
+        BK = step_of(K, (4 * warp, 2 * warp, warp))
+        R = max(1, 4 // rows) if leading <= 2 else 4
+        return PairsConfig(R=R, BK=BK, num_warps=min(16, BK // warp * max(1, rows * R // (4 if leading <= 2 else 8))))
+    BK = step_of(K, (512, 256, 128)) if K > 128 else max(pow2(K), 16)
     if weight.grouped:
         BK = max(BK, weight.group)
-    return PairsConfig(R=4 if leading <= 4 else max(1, 16 // pow2(leading)), BK=BK, num_warps=4)
+    return PairsConfig(R=4 if leading <= 4 else max(1, 16 // rows), BK=BK, num_warps=max(1, min(4, BK // 128)))
 
 
 def tiles_config(weight: StoredWeight, K: int, rows_an_expert: float, itemsize: int) -> TilesConfig:

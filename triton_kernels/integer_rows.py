@@ -5,9 +5,10 @@ float16 hold it), stored as two planes of bytes. A word of weights is then four 
 an instruction multiplies four by four: about one instruction a weight, where unpacking to float32 takes five to seven
 and keeps a GPU from reading at full speed. Sums of a block are exact in int32 and in float32.
 
-A block of x in memory: 8 words of high bytes, 8 of low bytes (x = 256·high + low). The bytes of a word meet those of
-a weight word as its values lie there (``ktfx.formats``): in order for int8 and for int4's low and high nibbles; for
-mxfp4, whose nibbles go through a table four at a time, as PAIRED says.
+x = 256·high + low in memory: of all blocks the first 16 high bytes, then the other 16, then the low bytes in the same
+way, so that neighbouring threads read neighbouring words. The bytes of a word meet those of a weight word as its values
+lie there (``ktfx.formats``): in order for int8 and for int4's low and high nibbles; for mxfp4, whose nibbles go through
+a table four at a time, as PAIRED says.
 """
 
 from __future__ import annotations
@@ -29,14 +30,14 @@ _LARGEST = tl.constexpr(32639.0)
 
 @dataclass(frozen=True)
 class IntegerInputs:
-    """planes: int32 (T, B, 16); scales: float32 (T, B, 2), a block's scale and the sum of its integers."""
+    """planes: int32 (T, 4, B, 4); scales: float32 (T, 2, B), each block's scale and the sum of its integers."""
 
     planes: torch.Tensor
     scales: torch.Tensor
 
     @property
     def blocks(self) -> int:
-        return self.planes.shape[1]
+        return self.planes.shape[2]
 
 
 @triton.jit
@@ -55,12 +56,12 @@ def _quantise_kernel(
     low = q - high * 256
     place = ((i // 2 % 2) * 4 + i // 4 % 4) * 4 + (i % 2) * 2 + i // 16 if PAIRED else i
     there = (b < blocks)[:, None] & (i >= 0)[None, :]
-    at = (t * blocks + b[:, None]) * 64 + place[None, :]
+    at = ((t * 4 + place[None, :] // 16) * blocks + b[:, None]) * 16 + place[None, :] % 16
     tl.store(planes_ptr + at, high.to(tl.int8), mask=there)
-    tl.store(planes_ptr + at + 32, low.to(tl.int8), mask=there)
-    to = scales_ptr + (t * blocks + b) * 2
+    tl.store(planes_ptr + at + blocks * 32, low.to(tl.int8), mask=there)
+    to = scales_ptr + t * 2 * blocks + b
     tl.store(to, largest / _LARGEST, mask=b < blocks)
-    tl.store(to + 1, tl.sum(q, 1).to(tl.float32), mask=b < blocks)
+    tl.store(to + blocks, tl.sum(q, 1).to(tl.float32), mask=b < blocks)
 
 
 @on_its_device
@@ -68,8 +69,8 @@ def integer_inputs(x: torch.Tensor, paired: bool) -> IntegerInputs:
     """x (T, K), neighbours along K, as integers. paired: for mxfp4 weights."""
     T, K = x.shape
     blocks = cdiv(K, BLOCK)
-    planes = torch.empty(T, blocks, 16, dtype=torch.int32, device=x.device)
-    scales = torch.empty(T, blocks, 2, dtype=torch.float32, device=x.device)
+    planes = torch.empty(T, 4, blocks, 4, dtype=torch.int32, device=x.device)
+    scales = torch.empty(T, 2, blocks, dtype=torch.float32, device=x.device)
     _quantise_kernel[(T, cdiv(blocks, 8))](
         x, planes.view(torch.int8), scales, K, blocks, x.stride(0), PAIRED=paired, BLOCKS=8, num_warps=1,
         **dependent(x.device),
@@ -147,40 +148,44 @@ def multiply_integers(
     known = (run * 4 < ldw) & (block < blocks)
     exists = ok[:, :, None] & known[None, None, :]
     at_w = row[:, :, None, None] * (ldw // 4) + (run[:, None] + c[None, :])[None, None, :, :]
+    # All loads first: they are issued in this order, and only then is one waited for.
     w = tl.load(w_ptr.to(tl.pointer_type(tl.int32)) + at_w, mask=exists[:, :, :, None], other=0)
-    xblock = xrow[:, None] + block[None, :]
-    at = xblock[:, :, None] * 16 + c[None, None, :]
+    if FMT != "int8":
+        g = srow[:, :, None] * lds + (block // (G // 32))[None, None, :]
+        scale = load_group_scale(s_ptr, g, exists, FMT)
+        if FMT == "int4zp":
+            offset = tl.load(z_ptr + g, mask=exists, other=0).to(tl.float32)
+    xblock = xrow[:, None] * 2 + block[None, :]
     in_x = tl.zeros_like(xblock) + block[None, :] < blocks
-    there = in_x[:, :, None]
+    x_scale = tl.load(scales_ptr + xblock, mask=in_x, other=0.0)[:, None, :]
+    x_sum = tl.load(scales_ptr + xblock + blocks, mask=in_x, other=0.0)[:, None, :]
+    there, half = in_x[:, :, None], blocks * 4
+    at = (xrow[:, None] * 4 + block[None, :])[:, :, None] * 4 + c[None, None, :]
     zero = tl.zeros(w.shape, tl.int32)
     if FMT == "int8":
-        at += (b % 2 * 4)[None, :, None]
-        high = dp4a(w, tl.load(planes_ptr + at, mask=there, other=0)[:, None, :, :], zero, True)
-        low = dp4a(w, tl.load(planes_ptr + at + 8, mask=there, other=0)[:, None, :, :], zero, True)
+        at += (b % 2)[None, :, None] * half
+        x_high = tl.load(planes_ptr + at, mask=there, other=0)[:, None, :, :]
+        x_low = tl.load(planes_ptr + at + 2 * half, mask=there, other=0)[:, None, :, :]
+        high, low = dp4a(w, x_high, zero, True), dp4a(w, x_low, zero, True)
     else:
-        if FMT == "mxfp4":
+        x_high = tl.load(planes_ptr + at, mask=there, other=0)[:, None, :, :]
+        x_high_2 = tl.load(planes_ptr + at + half, mask=there, other=0)[:, None, :, :]
+        x_low = tl.load(planes_ptr + at + 2 * half, mask=there, other=0)[:, None, :, :]
+        x_low_2 = tl.load(planes_ptr + at + 3 * half, mask=there, other=0)[:, None, :, :]
+        SIGNED: tl.constexpr = FMT == "mxfp4"
+        if SIGNED:
             first, second = doubled_e2m1(w), doubled_e2m1(w >> 16)
         else:
             first, second = w & 0x0F0F0F0F, (w >> 4) & 0x0F0F0F0F
-        SIGNED: tl.constexpr = FMT == "mxfp4"
-        high = dp4a(first, tl.load(planes_ptr + at, mask=there, other=0)[:, None, :, :], zero, SIGNED)
-        high = dp4a(second, tl.load(planes_ptr + at + 4, mask=there, other=0)[:, None, :, :], high, SIGNED)
-        low = dp4a(first, tl.load(planes_ptr + at + 8, mask=there, other=0)[:, None, :, :], zero, SIGNED)
-        low = dp4a(second, tl.load(planes_ptr + at + 12, mask=there, other=0)[:, None, :, :], low, SIGNED)
+        high = dp4a(second, x_high_2, dp4a(first, x_high, zero, SIGNED), SIGNED)
+        low = dp4a(second, x_low_2, dp4a(first, x_low, zero, SIGNED), SIGNED)
     dot = tl.sum(high * 256 + low, 3).to(tl.float32)
-    x_scale = tl.load(scales_ptr + xblock * 2, mask=in_x, other=0.0)[:, None, :]
     if FMT == "int8":
         acc += dot * x_scale
+    elif FMT == "mxfp4":
+        acc += dot * (scale * 0.5 * x_scale)
+    elif FMT == "int4zp":
+        acc += (dot - offset * x_sum) * (scale * x_scale)
     else:
-        g = srow[:, :, None] * lds + (block // (G // 32))[None, None, :]
-        scale = load_group_scale(s_ptr, g, exists, FMT)
-        if FMT == "mxfp4":
-            acc += dot * (scale * 0.5 * x_scale)
-        else:
-            x_sum = tl.load(scales_ptr + xblock * 2 + 1, mask=in_x, other=0.0)[:, None, :]
-            if FMT == "int4zp":
-                dot -= tl.load(z_ptr + g, mask=exists, other=0).to(tl.float32) * x_sum
-            else:
-                dot -= 8.0 * x_sum
-            acc += dot * (scale * x_scale)
+        acc += (dot - 8.0 * x_sum) * (scale * x_scale)
     return acc

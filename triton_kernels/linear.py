@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 import triton
 import triton.language as tl
-from ktfx.triton_kernels.dependent_launch import dependent, prefetch_rows, wait_for_previous
+from ktfx.triton_kernels.dependent_launch import dependent, wait_for_previous
 from ktfx.triton_kernels.dequant import narrow
 from ktfx.triton_kernels.launch import cdiv, interpreted, on_its_device, pow2, sm_count
 from ktfx.triton_kernels.matmul import (
@@ -23,6 +23,7 @@ from ktfx.triton_kernels.matmul import (
     multiply_tile,
     row_inputs,
     scale_row,
+    step_of,
     stored_weight,
 )
 
@@ -32,12 +33,10 @@ def _rows_kernel(
     x_ptr, xs_ptr, w_ptr, s_ptr, z_ptr, b_ptr, y_ptr, N, K, ldx, ldw, lds,
     FMT: tl.constexpr, G: tl.constexpr, BIAS: tl.constexpr, NATIVE: tl.constexpr,
     R: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr, INTEGER: tl.constexpr,
-    LINES: tl.constexpr = 0, DEPENDENT: tl.constexpr = False,
+    DEPENDENT: tl.constexpr = False,
 ):  # fmt: skip
     m = tl.program_id(1)
     n = tl.program_id(0) * R + tl.arange(0, R)
-    if DEPENDENT and LINES > 0:
-        prefetch_rows(w_ptr, tl.minimum(n, N - 1).to(tl.int64), K, ldw, LINES)
     wait_for_previous(DEPENDENT)
     row, ok = n[None, :].to(tl.int64), (n < N)[None, :]
     srow = scale_row(tl.zeros((1, 1), tl.int64), row, N, FMT)
@@ -118,10 +117,10 @@ class LinearConfig:
 def linear_config(weight: StoredWeight, M: int, N: int, K: int, itemsize: int) -> LinearConfig:
     """A choice by shape alone; ``ktfx.tuning`` may know a better one."""
     if M <= 2 and (weight.nibbles or weight.fmt == "int8") and itemsize == 2:
-        # A thread takes one run of 16 bytes of four rows at a step, so that all are asked for before any is needed.
-        run = 32 if weight.nibbles else 16
-        BK = min(max(pow2(K), 32 * run), 128 * run)
-        return LinearConfig(True, R=4, BK=BK, num_warps=BK // (32 * run), num_stages=1)
+        # A warp takes 32 runs of 16 bytes of a row at a step, a thread one run of four rows.
+        warp = 32 * (32 if weight.nibbles else 16)
+        BK = step_of(K, (4 * warp, 2 * warp, warp))
+        return LinearConfig(True, R=4, BK=BK, num_warps=BK // warp, num_stages=1)
     if M <= 2:
         BK = min(1024 if weight.nibbles else 512, max(pow2(K), 16))
         return LinearConfig(True, R=4, BK=max(BK, weight.group), num_stages=1)
@@ -169,7 +168,7 @@ def linear(
             inputs.data, inputs.scales, weight.data, weight.scales, weight.zeros, b, y,
             N, K, inputs.ldx, weight.ldw, weight.lds,
             R=c.R, BK=c.BK, STAGES=c.num_stages, INTEGER=inputs.integer, num_warps=c.num_warps,
-            LINES=weight.lines, **dependent(x.device), **shared,
+            **dependent(x.device), **shared,
         )  # fmt: skip
         return y
     span = cdiv(cdiv(K, c.SPLIT), max(c.BK, weight.group)) * max(c.BK, weight.group)  # parts begin at whole groups

@@ -1,8 +1,11 @@
 """y = x·Wᵀ + b for one or two rows of x and up to four weights that read it, in one launch, read where they lie.
 
 One program works out R outputs of one weight. Nothing is split along the reduction: R rows of K values are enough work
-for a program, and N / R programs are enough for every multiprocessor. The weights' rows are asked for before the
-kernel that writes x has ended (``dependent_launch``).
+for a program, and N / R programs are enough for every multiprocessor. The weights' rows are read, or asked for, before
+the kernel that writes x has ended (``dependent_launch``).
+
+The norm before can be done here: each program works it out for itself, from rows that are in the cache, while its
+weights are on their way; the first one writes it down for others. That costs less than a kernel of its own.
 """
 
 from __future__ import annotations
@@ -17,6 +20,7 @@ import triton.language as tl
 from ktfx.triton_kernels.dependent_launch import dependent, prefetch_rows, wait_for_previous
 from ktfx.triton_kernels.dequant import narrow
 from ktfx.triton_kernels.launch import cdiv, on_its_device, pow2, sm_count
+from ktfx.triton_kernels.norms import normed
 
 from ktfx.ops.linear_rows import MOST_WEIGHTS
 
@@ -24,22 +28,63 @@ Item = TypeVar("Item")
 
 
 @triton.jit
+def _input(x_ptr, r_ptr, m, k, K, ldx, ADD: tl.constexpr):
+    """x[m, k], or its sum with the residual as their dtype rounds it; float32."""
+    x = tl.load(x_ptr + m.to(tl.int64) * ldx + k, mask=k < K, other=0.0).to(tl.float32)
+    if ADD:
+        x += tl.load(r_ptr + m.to(tl.int64) * K + k, mask=k < K, other=0.0).to(tl.float32)
+        x = narrow(x, x_ptr.dtype.element_ty).to(tl.float32)
+    return x
+
+
+@triton.jit
 def _outputs(
-    block, m, x_ptr, w_ptr, b_ptr, y_ptr, N, K, ldx,
-    BIAS: tl.constexpr, R: tl.constexpr, BK: tl.constexpr, LINES: tl.constexpr, DEPENDENT: tl.constexpr,
+    block, m, x_ptr, r_ptr, g_ptr, normed_ptr, sum_ptr, w_ptr, b_ptr, y_ptr, N, K, ldx, eps,
+    KIND: tl.constexpr, ADD: tl.constexpr, BIAS: tl.constexpr, R: tl.constexpr, BK: tl.constexpr, ONCE: tl.constexpr,
+    LINES: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
-    """y[m, n] for R values of n. w (N, K) and y (M, N) contiguous."""
+    """y[m, n] for R values of n. w (N, K) and y (M, N) contiguous. KIND: of the norm before, of weight g, or empty.
+
+    ONCE: BK holds all of K, and the weight is read, not only asked for, before the kernel before has ended.
+    """
+    DT: tl.constexpr = x_ptr.dtype.element_ty
     n = block * R + tl.arange(0, R)
     row = tl.minimum(n, N - 1).to(tl.int64)
-    if DEPENDENT and LINES > 0:
+    at = tl.arange(0, BK)
+    if ONCE:
+        w_once = tl.load(w_ptr + row[:, None] * K + at[None, :], mask=(at < K)[None, :], other=0.0)
+        if KIND != "":
+            g_once = tl.load(g_ptr + at, mask=at < K, other=0.0).to(tl.float32)
+    elif DEPENDENT and LINES > 0:
         prefetch_rows(w_ptr, row, K, K, LINES)
     wait_for_previous(DEPENDENT)
+    if KIND != "":
+        if ONCE:
+            x_once = _input(x_ptr, r_ptr, m, at, K, ldx, ADD)
+            squares = x_once * x_once
+        else:
+            squares = tl.zeros((BK,), tl.float32)
+            for k0 in tl.range(0, K, BK):
+                x = _input(x_ptr, r_ptr, m, k0 + at, K, ldx, ADD)
+                squares += x * x
+        scale = tl.rsqrt(tl.sum(squares, 0) / K + eps)
+    first = tl.program_id(0) == 0
     acc = tl.zeros((R, BK), tl.float32)
-    for k0 in tl.range(0, K, BK):
-        k = k0 + tl.arange(0, BK)
-        w = tl.load(w_ptr + row[:, None] * K + k[None, :], mask=(k < K)[None, :], other=0.0)
-        x = tl.load(x_ptr + m.to(tl.int64) * ldx + k, mask=k < K, other=0.0)
-        acc += w.to(tl.float32) * x.to(tl.float32)[None, :]
+    for k0 in tl.range(0, 1 if ONCE else K, BK):
+        k = k0 + at
+        w = w_once if ONCE else tl.load(w_ptr + row[:, None] * K + k[None, :], mask=(k < K)[None, :], other=0.0)
+        if KIND != "":
+            x = x_once if ONCE else _input(x_ptr, r_ptr, m, k, K, ldx, ADD)
+            g = g_once if ONCE else tl.load(g_ptr + k, mask=k < K, other=0.0).to(tl.float32)
+            y = normed(x, scale, g, KIND, DT)
+            if first:
+                tl.store(normed_ptr + m.to(tl.int64) * K + k, y, mask=k < K)
+                if ADD:
+                    tl.store(sum_ptr + m.to(tl.int64) * K + k, narrow(x, DT), mask=k < K)
+            x = y.to(tl.float32)
+        else:
+            x = _input(x_ptr, r_ptr, m, k, K, ldx, ADD)
+        acc += w.to(tl.float32) * x[None, :]
     y = tl.sum(acc, 1)
     if BIAS:
         y += tl.load(b_ptr + row).to(tl.float32)
@@ -47,30 +92,37 @@ def _outputs(
 
 
 @triton.jit
+def _either(second, a, b):
+    return tl.where(second, b, a)
+
+
+@triton.jit
 def _rows_kernel(
-    x_ptr, w0, w1, w2, w3, b0, b1, b2, b3, y0, y1, y2, y3, N0, N1, N2, N3, K, ldx,
-    COUNT: tl.constexpr, BIAS: tl.constexpr, R: tl.constexpr, BK: tl.constexpr, LINES: tl.constexpr,
-    DEPENDENT: tl.constexpr = False,
+    x_ptr, r_ptr, g_ptr, normed_ptr, sum_ptr, w0, w1, w2, w3, b0, b1, b2, b3, y0, y1, y2, y3, N0, N1, N2, N3,
+    K, ldx, eps,
+    COUNT: tl.constexpr, KIND: tl.constexpr, ADD: tl.constexpr, BIAS: tl.constexpr, R: tl.constexpr, BK: tl.constexpr,
+    ONCE: tl.constexpr, LINES: tl.constexpr, DEPENDENT: tl.constexpr = False,
 ):  # fmt: skip
     block, m = tl.program_id(0), tl.program_id(1)
-    blocks = tl.cdiv(N0, R)
-    if block < blocks:
-        _outputs(block, m, x_ptr, w0, b0, y0, N0, K, ldx, BIAS, R, BK, LINES, DEPENDENT)
-    else:
-        if COUNT > 1:
-            block -= blocks
-            blocks = tl.cdiv(N1, R)
-            if block < blocks:
-                _outputs(block, m, x_ptr, w1, b1, y1, N1, K, ldx, BIAS, R, BK, LINES, DEPENDENT)
-            else:
-                if COUNT > 2:
-                    block -= blocks
-                    blocks = tl.cdiv(N2, R)
-                    if block < blocks:
-                        _outputs(block, m, x_ptr, w2, b2, y2, N2, K, ldx, BIAS, R, BK, LINES, DEPENDENT)
-                    else:
-                        if COUNT > 3:
-                            _outputs(block - blocks, m, x_ptr, w3, b3, y3, N3, K, ldx, BIAS, R, BK, LINES, DEPENDENT)
+    end0 = tl.cdiv(N0, R)
+    end1 = end0 + tl.cdiv(N1, R)
+    end2 = end1 + tl.cdiv(N2, R)
+    w, b, y = w0, b0, y0
+    N, start = N0 + block * 0, block * 0  # tensors, as what they are chosen from below
+    if COUNT > 1:
+        w, b, y = _either(block >= end0, w0, w1), _either(block >= end0, b0, b1), _either(block >= end0, y0, y1)
+        N, start = _either(block >= end0, N, N1), _either(block >= end0, start, end0)
+    if COUNT > 2:
+        w, b, y = _either(block >= end1, w, w2), _either(block >= end1, b, b2), _either(block >= end1, y, y2)
+        N, start = _either(block >= end1, N, N2), _either(block >= end1, start, end1)
+    if COUNT > 3:
+        w, b, y = _either(block >= end2, w, w3), _either(block >= end2, b, b3), _either(block >= end2, y, y3)
+        N, start = _either(block >= end2, N, N3), _either(block >= end2, start, end2)
+    block -= start
+    _outputs(
+        block, m, x_ptr, r_ptr, g_ptr, normed_ptr, sum_ptr, w, b, y, N, K, ldx, eps,
+        KIND, ADD, BIAS, R, BK, ONCE, LINES, DEPENDENT,
+    )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -99,25 +151,48 @@ def linear_rows(
     config: RowsConfig | None = None,
 ) -> list[torch.Tensor]:
     """x (…, K), weights (N, K) of x's dtype, at most four, biases (N,) for all or none: one (…, N) a weight."""
+    ys = [x.new_empty(*x.shape[:-1], w.shape[0]) for w in weights] if out is None else list(out)
+    _launch(x, None, None, 0.0, "", weights, biases, ys, x, x, config)
+    return ys
+
+
+@on_its_device
+def norm_linear_rows(
+    x: torch.Tensor, residual: torch.Tensor | None, norm: torch.Tensor, eps: float, kind: str,
+    weights: Sequence[torch.Tensor], biases: Sequence[torch.Tensor], out: Sequence[torch.Tensor] | None = None,
+    config: RowsConfig | None = None,
+) -> list[torch.Tensor]:  # fmt: skip
+    """See ``ktfx.ops.linear_rows``: the normed x, with a residual the sum, then one result a weight, or into out."""
+    before = 1 if residual is None else 2
+    shapes = [x.shape] * before + [(*x.shape[:-1], w.shape[0]) for w in weights]
+    made = [x.new_empty(shape) for shape in shapes] if out is None else list(out)
+    _launch(x, residual, norm, eps, kind, weights, biases, made[before:], made[0], made[before - 1], config)
+    return made
+
+
+def _launch(
+    x: torch.Tensor, residual: torch.Tensor | None, norm: torch.Tensor | None, eps: float, kind: str,
+    weights: Sequence[torch.Tensor], biases: Sequence[torch.Tensor], ys: Sequence[torch.Tensor], normed_x: torch.Tensor,
+    total: torch.Tensor, config: RowsConfig | None,
+) -> None:  # fmt: skip
     K = x.shape[-1]
     flat = x.reshape(-1, K)
     if flat.stride(-1) != 1:
         flat = flat.contiguous()
     M, count = flat.shape[0], len(weights)
-    ys = [x.new_empty(*x.shape[:-1], w.shape[0]) for w in weights] if out is None else list(out)
     if M == 0:
-        return ys
+        return
     ws = [w.contiguous() for w in weights]
     bs = [b.contiguous() for b in biases] or ws
     sizes = [w.shape[0] for w in ws]
     c = config or rows_config(sum(sizes), K, x.device)
     lines = pow2(cdiv(K * x.element_size(), 128))
     _rows_kernel[(sum(cdiv(n, c.R) for n in sizes), M)](
-        flat, *_padded(ws), *_padded(bs), *_padded(ys), *_padded(sizes), K, flat.stride(0),
-        COUNT=count, BIAS=bool(biases), R=c.R, BK=c.BK, LINES=lines if lines <= 256 else 0, num_warps=c.num_warps,
-        **dependent(x.device),
+        flat, flat if residual is None else residual.contiguous(), flat if norm is None else norm, normed_x, total,
+        *_padded(ws), *_padded(bs), *_padded(list(ys)), *_padded(sizes), K, flat.stride(0), eps,
+        COUNT=count, KIND=kind, ADD=residual is not None, BIAS=bool(biases), R=c.R, BK=c.BK, ONCE=c.BK >= K,
+        LINES=lines if lines <= 256 else 0, num_warps=c.num_warps, **dependent(x.device),
     )  # fmt: skip
-    return ys
 
 
 def _padded(items: Sequence[Item]) -> list[Item]:

@@ -198,6 +198,11 @@ def row_inputs(x: torch.Tensor, weight: StoredWeight, made: IntegerInputs | None
     return RowInputs(integers.planes, integers.scales, integers.blocks, True)
 
 
+def step_of(K: int, steps: Sequence[int]) -> int:
+    """The first (largest) step of which whole ones cover K with at most a tenth to spare; else the last."""
+    return next((s for s in steps if cdiv(K, s) * s <= 1.1 * K), steps[-1])
+
+
 def stored_weight(name: str, tensors: Sequence[torch.Tensor]) -> StoredWeight:
     """``QuantizedWeight.tensors()``, contiguous, for a launch."""
     form, group = parse_format(name)

@@ -83,9 +83,9 @@ def _norm_rope_kernel(
         )  # fmt: skip
     else:
         h = (block - q_blocks) * HEADS + tl.arange(0, HEADS)
-        row, end = s, length.to(tl.int64)
+        row, end = s, s * 0 + length
         if DVP > 0:
-            row, end = row_to_write(count_ptr, s, rows), rows.to(tl.int64)
+            row, end = row_to_write(count_ptr, s, rows), s * 0 + rows
         _norm_and_turn(
             k_ptr, wk_ptr, k_out, cos, sin, b, s, row, h, k_heads, D, pairs, eps, end, k_b, k_h, k_s, ko_b, ko_h, ko_s,
             STYLE, KIND, PP, RESTP,
