@@ -16,7 +16,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from ktfx.cpu_kernels import library as native
 from ktfx.errors import HostCallError, KtfxError, WeightError
 from ktfx.formats import QuantizedWeight, parse_format
-from ktfx.ops.experts import ExpertsSpec, TensorMeta
+from ktfx.ops.experts import ExpertsSpec, TensorMeta, Weight
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _ID_DTYPES = {torch.int32: 3, torch.int64: 4}
@@ -65,23 +65,22 @@ def aligned_empty(shape: tuple[int, ...]) -> torch.Tensor:
     return block[skip : skip + size].view(shape)
 
 
-Weight = torch.Tensor | QuantizedWeight
-
-
 def pack(spec: ExpertsSpec, tensors: Mapping[str, Weight], dtype: torch.dtype | None = None) -> list[torch.Tensor]:
     """The model's tensors, or weights that are quantised already, to the kernels' layout.
 
     ``gate_up`` and ``down`` are float tensors in the spec's own layout (any strides, any device: experts that are not
     on the host come over one at a time), or QuantizedWeights of the spec's format (E, N, K), interleaved as the spec
-    says but never transposed. dtype: that of the model, needed only for quantised weights (default bfloat16).
+    says but never transposed. dtype: that of the model, for quantised weights: if not given, of int4's
+    scales, else of biases, else bfloat16.
     """
     gate_up, down = tensors["gate_up"], tensors["down"]
     if isinstance(gate_up, torch.Tensor):
         dtype = gate_up.dtype
     elif dtype is None:
-        scales = gate_up.scales
-        dtype = scales.dtype if scales is not None and scales.dtype in DTYPES and gate_up.zeros is not None else None
-        dtype = dtype or (scales.dtype if scales is not None and gate_up.format.startswith("int4") else torch.bfloat16)
+        bias = tensors.get("gate_up_bias")
+        dtype = bias.dtype if isinstance(bias, torch.Tensor) and bias.dtype in DTYPES else torch.bfloat16
+        if gate_up.scales is not None and gate_up.format in ("int4", "int4zp"):
+            dtype = gate_up.scales.dtype
     metas = packed_meta(spec, dtype)
     out: list[torch.Tensor] = []
     interleaved = spec.interleaved and spec.gate != "none"
