@@ -2,12 +2,17 @@
 
 transformers' own loader reads (and converts) the checkpoint; the rules give it a device map, so that a weight goes from
 the file to its device without a stop on the host. The parameters then become PlacedTensors on the logical device.
+What a checkpoint stores quantised ktfx reads itself (``ktfx.stored_checkpoint``), and keeps its bits.
 """
 
 from __future__ import annotations
 
 import json
+import re
 import struct
+import warnings
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +20,16 @@ import torch
 from torch import nn
 
 from ktfx.budget import check_budget
+from ktfx.checkpoint import open_checkpoint
+from ktfx.checkpoint_schemes import Scheme, scheme_of
 from ktfx.devices import DeviceMap, device_map
-from ktfx.errors import KtfxError, OptionError, WeightError
+from ktfx.errors import KtfxError, KtfxWarning, OptionError, WeightError
 from ktfx.linear_rules import only_packed
 from ktfx.options import RulesSource, parse_options
 from ktfx.resolve import Resolution, resolve
 from ktfx.ruleset import load_ruleset
 from ktfx.state import default_rules, name_of_logical
+from ktfx.stored_checkpoint import StoredPlan, fill, outline, plan_of, put_in
 
 # Arguments that ktfx.compile names; the rest are CompileOptions.
 _OF_COMPILE = ("cache", "release_host", "dynamic", "direct_calls")
@@ -38,12 +46,14 @@ def from_pretrained(
     """Load a model directory and compile it: ``ktfx.compile(AutoModelForCausalLM.from_pretrained(path), rules)``, with
     every weight loaded where the rules put it.
 
+    Layers and experts that the checkpoint stores quantised (fp8 blocks, mxfp4, GPTQ, AWQ, compressed-tensors of 4 bits)
+    become ``StoredLinear`` and ``StoredExperts``, which run on the stored bits; no other package is needed for that.
     Experts that a kernel packs exist only packed where ``state_dict()`` can still return them (``release_host="exact"``
     unless given).
 
     dtype: as transformers takes it. model_class: AutoModelForCausalLM unless given. options: as for ``ktfx.compile``.
-    Before a byte is read: WeightError for a directory without weights or with a truncated file, PlacementError for a
-    device too small.
+    Before a byte is read: WeightError for a directory without weights or with a truncated file, and for a quantised
+    checkpoint that ktfx does not read; PlacementError for a device too small.
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -65,8 +75,12 @@ def from_pretrained(
             mend="fetch the file again, or install a transformers that has this model",
         ) from error
     load_ops()
+    quantization = getattr(config, "quantization_config", None)
+    scheme = _scheme(config, directory)
+    chosen_dtype = _dtype(dtype, config)
     with torch.device("meta"):
-        skeleton = cls.from_config(config, dtype=_dtype(dtype, config)).eval()
+        skeleton = cls.from_config(config, dtype=chosen_dtype).eval()
+    plan = _stored_plan(skeleton, directory, scheme, chosen_dtype)
     chosen = parsed.rules if parsed.rules is not None else default_rules(skeleton)
     ruleset = load_ruleset(chosen)
     resolution = resolve(ruleset, skeleton)
@@ -74,7 +88,14 @@ def from_pretrained(
     logical = torch.device("cpu")
     logical_name = name_of_logical(ruleset, logical)
     check_budget(skeleton, resolution, devices, parsed.memory, logical_name)
-    model = _load(cls, directory, dtype, resolution, devices, skeleton)
+    loader = partial(cls.from_pretrained, directory, dtype=dtype)
+    if plan is not None:
+        loader = partial(_with_stand_ins, type(skeleton), plan, directory, config, chosen_dtype)
+    model = _load(loader, resolution, devices, skeleton)
+    if plan is not None:
+        fill(model, plan, _places(resolution, devices, skeleton), chosen_dtype)
+        setattr(model.config, "quantization_config", quantization)  # noqa: B010
+        object.__setattr__(model, "save_pretrained", partial(_refuse_to_save, directory))
     _place_parameters(model, resolution, devices, logical_name, logical)
     return compile(model, chosen, **compile_options, **options)
 
@@ -146,16 +167,88 @@ def _dtype(dtype: torch.dtype | str, config: Any) -> torch.dtype:
     return found
 
 
-def _load(
-    cls: Any, directory: Path, dtype: Any, resolution: Resolution, devices: DeviceMap, skeleton: nn.Module
+def _scheme(config: Any, directory: Path) -> Scheme | None:
+    """How the checkpoint stores its weights; takes that out of the config, so that a plain model is made of it."""
+    found = getattr(config, "quantization_config", None)
+    if found is None:
+        return None
+    del config.quantization_config
+    return scheme_of(found if isinstance(found, dict) else found.to_dict(), directory / "config.json")
+
+
+def _stored_plan(skeleton: nn.Module, directory: Path, scheme: Scheme | None, dtype: torch.dtype) -> StoredPlan | None:
+    """What is stored quantised; stand-ins of it are put into the skeleton."""
+    if scheme is None:
+        return None
+    checkpoint = open_checkpoint(directory)
+    if checkpoint is None:
+        raise WeightError(f"{directory} holds no weights that can be read", mend="download them again")
+    plan = plan_of(skeleton, checkpoint, scheme)
+    ignored = re.compile("|".join(getattr(skeleton, "_keys_to_ignore_on_load_unexpected", None) or ["(?!)"]))
+    strange = [base for base in plan.without_module if not ignored.search(base)]
+    if strange:
+        warnings.warn(
+            f"{directory}: {len(strange)} quantised weights belong to no module of the model and are not read "
+            f"({', '.join(strange[:3])}{', …' if len(strange) > 3 else ''})",
+            KtfxWarning,
+            stacklevel=3,
+        )
+    put_in(skeleton, plan)
+    outline(skeleton, plan, dtype)
+    return plan
+
+
+def _with_stand_ins(
+    kind: Any, plan: StoredPlan, directory: Path, config: Any, dtype: torch.dtype, **options: Any
 ) -> nn.Module:
+    """transformers' loader over a model that has empty stand-ins where the checkpoint is quantised."""
+
+    def build(self: Any, *args: Any, **kwargs: Any) -> None:
+        kind.__init__(self, *args, **kwargs)
+        put_in(self, plan)
+        ignored = set(self._keys_to_ignore_on_load_unexpected or ())
+        self._keys_to_ignore_on_load_unexpected = ignored | plan.unexpected()
+
+    # In the model's own module: transformers looks there for what the class can do.
+    subclass = type(kind.__name__, (kind,), {"__init__": build, "__module__": kind.__module__})
+    model, loading = subclass.from_pretrained(  # type: ignore[attr-defined]
+        directory, config=config, dtype=dtype, output_loading_info=True, **options
+    )
+    model.__class__ = kind
+    del model._keys_to_ignore_on_load_unexpected
+    missing = sorted(loading["missing_keys"])
+    if missing:
+        raise WeightError(
+            f"{directory} lacks {len(missing)} weights of the model: {', '.join(missing[:3])}",
+            expected=f"each weight plain, or quantised as config.json says ({', '.join(plan.scheme.leaves)})",
+            mend="use the checkpoint that config.json belongs to",
+        )
+    return model
+
+
+def _refuse_to_save(directory: Path, *_: Any, **__: Any) -> None:
+    raise WeightError(
+        "a model whose weights a checkpoint stores quantised cannot be saved as a checkpoint again",
+        expected="its own files, which hold the same bits",
+        mend=f"copy {directory}; state_dict() gives the tensors as ktfx keeps them",
+    )
+
+
+def _places(resolution: Resolution, devices: DeviceMap, skeleton: nn.Module) -> dict[str, torch.device]:
+    """Where each module's weights are to be loaded."""
     places = {path: devices[p.at("generate").device] for path, p in resolution.placements.items()}
-    real = {str(d) for d in places.values()}
-    if real == {"cpu"}:
-        return cls.from_pretrained(directory, dtype=dtype).eval()
     for path, placement in resolution.placements.items():
         if only_packed(skeleton.get_submodule(path), placement):
             places[path] = torch.device("cpu")  # packed from there
+    return places
+
+
+def _load(
+    loader: Callable[..., nn.Module], resolution: Resolution, devices: DeviceMap, skeleton: nn.Module
+) -> nn.Module:
+    places = _places(resolution, devices, skeleton)
+    if {str(devices[p.at("generate").device]) for p in resolution.placements.values()} == {"cpu"}:
+        return loader().eval()
     try:
         import accelerate  # noqa: F401
     except ImportError:
@@ -169,7 +262,7 @@ def _load(
         for path, device in places.items()
         if path and not any(other.startswith(path + ".") for other in places)
     }
-    model = cls.from_pretrained(directory, dtype=dtype, device_map={**_own_parameters(resolution, places), **leaves})
+    model = loader(device_map={**_own_parameters(resolution, places), **leaves})
     from accelerate.hooks import remove_hook_from_module
 
     remove_hook_from_module(model, recurse=True)

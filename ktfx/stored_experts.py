@@ -25,6 +25,7 @@ class StoredExperts(nn.Module):
     Built empty, from the spec of the module whose place it takes; ``fill`` gives it its tensors. Parameters:
     ``gate_up_proj`` (E, 2I, …) or ``up_proj``, ``down_proj`` (E, H, …), each with ``_scale`` (``_scale_inv`` for fp8)
     and, with zero points, ``_zeros``; biases as ``…_bias``. Buffer ``input_order``: see ``ktfx.ops.stored_experts``.
+    ``origin``: where its tensors can be read again (``ktfx.stored_checkpoint.StoredOrigin``), or None.
     """
 
     def __init__(self, spec: ExpertsSpec) -> None:
@@ -35,10 +36,19 @@ class StoredExperts(nn.Module):
         self.is_transposed, self.is_concatenated = False, True
         self.register_buffer("input_order", None)
         self.stored_call: StoredExpertsCall | None = None
+        self.origin: Any = None
 
     @property
     def up_name(self) -> str:
         return "gate_up_proj" if self.has_gate else "up_proj"
+
+    def parameter_names(self, gate_up: Sequence[torch.Tensor], down: Sequence[torch.Tensor]) -> list[str]:
+        """The names of what ``QuantizedWeight.tensors()`` of both holds, gate_up's first."""
+        found = []
+        for name, tensors in ((self.up_name, gate_up), ("down_proj", down)):
+            scale = SCALE_SUFFIXES[0] if tensors[0].dtype == torch.float8_e4m3fn else SCALE_SUFFIXES[1]
+            found += [name + suffix for suffix, _ in zip(("", scale, ZERO_SUFFIX), tensors, strict=False)]
+        return found
 
     def fill(
         self,
@@ -48,14 +58,18 @@ class StoredExperts(nn.Module):
         order: torch.Tensor | None = None,
     ) -> None:
         """gate_up, down: ``QuantizedWeight.tensors()``, stacked. biases: ``gate_up_bias``, ``down_bias``."""
-        for name, tensors in ((self.up_name, gate_up), ("down_proj", down)):
-            scale = SCALE_SUFFIXES[0] if tensors[0].dtype == torch.float8_e4m3fn else SCALE_SUFFIXES[1]
-            for suffix, tensor in zip(("", scale, ZERO_SUFFIX), tensors, strict=False):
-                setattr(self, name + suffix, nn.Parameter(tensor, requires_grad=False))
-        for part, bias in (biases or {}).items():
-            name = f"{self.up_name}_bias" if part == "gate_up_bias" else "down_proj_bias"
-            setattr(self, name, nn.Parameter(bias, requires_grad=False))
-        self.input_order = order
+        named = dict(zip(self.parameter_names(gate_up, down), [*gate_up, *down], strict=True))
+        own = {"gate_up_bias": f"{self.up_name}_bias", "down_bias": "down_proj_bias"}
+        named |= {own[part]: bias for part, bias in (biases or {}).items()}
+        self.fill_by_name(named if order is None else named | {"input_order": order})
+
+    def fill_by_name(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        """tensors: by the names of parameters, and ``input_order``."""
+        for name, tensor in tensors.items():
+            if name == "input_order":
+                self.input_order = tensor
+            else:
+                setattr(self, name, nn.Parameter(tensor, requires_grad=False))
         self.stored_call = StoredExpertsCall.of(self)
 
     def forward(
