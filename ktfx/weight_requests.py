@@ -16,6 +16,7 @@ from ktfx.stored_weights import SCALES, ZEROS, scales_dtype, stored_format_of, s
 
 MERGED = "merged"
 LINEAR = "linear."
+DEQUANTISED = "dequantised."
 
 Parts = tuple[tuple[str, str], ...]
 
@@ -214,6 +215,37 @@ class MergedRequest:
         return None
 
 
+@dataclass(frozen=True)
+class DequantisedRequest:
+    """The numbers that a linear layer over a quantised weight computes with, (N, K) in ``dtype``: for a pass that takes
+    the weight apart. spec: the layer's, with the format; parts: as of a ``LinearRequest``.
+    """
+
+    spec: LinearSpec
+    dtype: torch.dtype
+    parts: Parts
+    activations: str = "model"
+
+    @property
+    def kernel(self) -> str:
+        return DEQUANTISED + str(self.dtype).removeprefix("torch.")
+
+    @property
+    def spec_text(self) -> str:
+        return self.spec.encode()
+
+    @property
+    def format(self) -> str:
+        return f"{self.kernel}:{self.spec.weights}"
+
+    def pack(self, tensors: Mapping[str, torch.Tensor], device: torch.device) -> list[torch.Tensor]:
+        rounded = LinearRequest(f"{LINEAR}reference", self.spec, self.parts).pack(tensors, device)
+        return [linear_kernel("reference").dequantised(self.spec, rounded).to(self.dtype)]
+
+    def model_weights(self, packed: Sequence[torch.Tensor]) -> dict[str, torch.Tensor] | None:
+        return None  # the request that the layer itself has says it
+
+
 def request_of(kernel: str, spec_text: str, parts: Parts) -> WeightRequest:
     """The request that a dump wrote down."""
     if kernel == MERGED:
@@ -222,6 +254,9 @@ def request_of(kernel: str, spec_text: str, parts: Parts) -> WeightRequest:
         raise WeightError(
             f"{spec_text[:60]!r} is no spec of the kernel {kernel!r}", mend="dump the graph again with this version"
         )
+    if kernel.startswith(DEQUANTISED):
+        dtype = getattr(torch, kernel.removeprefix(DEQUANTISED))
+        return DequantisedRequest(LinearSpec.decode(spec_text), dtype, parts)
     if kernel.startswith(LINEAR):
         return LinearRequest(kernel, LinearSpec.decode(spec_text), parts)
     return PackedRequest(kernel, ExpertsSpec.decode(spec_text), parts)
