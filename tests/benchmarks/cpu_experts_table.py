@@ -3,12 +3,12 @@
     python3 setup.py build_ext --inplace
     python3 tests/benchmarks/cpu_experts_table.py [--quick] [--shapes qwen3,v2lite,v3,mixtral] [--json FILE]
 
-Contenders take turns call by call in one run; figures are medians. A turn begins with a short call that is not timed:
-the threads of the one before may still spin, and its own may sleep. Layers are rotated and every call chooses other
-experts, so that weights come from memory. Other projects' kernels: see cpu_contenders.py. ``share`` is the bytes of
-the chosen experts, scales included, over the time and over the read bandwidth measured between the same calls; ``of
-peak`` is over the multiply-add rate measured so. ``--one-core`` runs all on one thread and counts CPU time, for a
-machine that others use too.
+Contenders take turns call by call in one run; figures are medians. A turn begins with a pause and a call that is not
+timed, where calls are short: threads of the one before may still spin, and its own sleep. Layers are rotated and every
+call chooses other experts, so that weights come from memory. Other projects' kernels: see cpu_contenders.py. ``share``
+is the bytes of the chosen experts, scales included, over the time and over the read bandwidth measured between the same
+calls; ``of peak`` is over the multiply-add rate measured so. ``--one-core`` runs all on one thread and counts CPU time,
+for a machine that others use too.
 ``error`` is relative to the float32 reference over the unquantised weights, so it holds the format's own rounding.
 """
 
@@ -52,6 +52,7 @@ SHAPES = {
     "v2lite": Shape(2048, 1408, 64, 6),  # DeepSeek-V2-Lite
     "v3": Shape(7168, 2048, 16, 8),  # DeepSeek-V3, 16 of its 256 experts
     "mixtral": Shape(4096, 14336, 8, 2),
+    "mixtral4": Shape(4096, 14336, 4, 2),  # half of its experts, where memory is short
 }
 FORMATS = ["model", "fp8", "int8", "int4", "int4+int8", "int4zp", "mxfp4"]  # "+int8": activations may be int8
 CLOCK = time.CLOCK_MONOTONIC  # --one-core: CPU time
@@ -62,7 +63,8 @@ def now(own_threads: bool = False) -> float:
     return time.clock_gettime(time.CLOCK_PROCESS_CPUTIME_ID if counted else CLOCK)
 
 
-SHORT_CALL = 0.1  # seconds: calls below are preceded by one that is not timed
+SHORT_CALL = 0.1  # seconds: calls below are preceded by a pause and one that is not timed
+PAUSE = 0.006  # seconds: as long as idle OpenMP threads spin
 MOST_BATCHED = 16  # tokens: batched_mm copies the weights of every choice
 
 
@@ -354,6 +356,7 @@ def measure(
             if rounds >= 2 and contender.name in slow:
                 continue
             if contender.name in short:
+                time.sleep(PAUSE)
                 contender.call(*sets[which - 1], layer)
             start = now(contender.own_threads)
             contender.call(*sets[which], layer)
