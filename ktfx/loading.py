@@ -8,9 +8,7 @@ What a checkpoint stores quantised ktfx reads itself (``ktfx.stored_checkpoint``
 from __future__ import annotations
 
 import json
-import re
 import struct
-import warnings
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -20,16 +18,14 @@ import torch
 from torch import nn
 
 from ktfx.budget import check_budget
-from ktfx.checkpoint import open_checkpoint
-from ktfx.checkpoint_schemes import Scheme, scheme_of
 from ktfx.devices import DeviceMap, device_map
-from ktfx.errors import KtfxError, KtfxWarning, OptionError, WeightError
+from ktfx.errors import KtfxError, OptionError, WeightError
 from ktfx.linear_rules import only_packed
 from ktfx.options import RulesSource, parse_options
 from ktfx.resolve import Resolution, resolve
 from ktfx.ruleset import load_ruleset
 from ktfx.state import default_rules, name_of_logical
-from ktfx.stored_checkpoint import StoredPlan, fill, outline, plan_of, put_in
+from ktfx.stored_loading import stored_load
 
 # Arguments that ktfx.compile names; the rest are CompileOptions.
 _OF_COMPILE = ("cache", "release_host", "dynamic", "direct_calls")
@@ -75,12 +71,10 @@ def from_pretrained(
             mend="fetch the file again, or install a transformers that has this model",
         ) from error
     load_ops()
-    quantization = getattr(config, "quantization_config", None)
-    scheme = _scheme(config, directory)
     chosen_dtype = _dtype(dtype, config)
     with torch.device("meta"):
         skeleton = cls.from_config(config, dtype=chosen_dtype).eval()
-    plan = _stored_plan(skeleton, directory, scheme, chosen_dtype)
+    stored = stored_load(skeleton, config, directory, chosen_dtype)
     chosen = parsed.rules if parsed.rules is not None else default_rules(skeleton)
     ruleset = load_ruleset(chosen)
     resolution = resolve(ruleset, skeleton)
@@ -88,14 +82,10 @@ def from_pretrained(
     logical = torch.device("cpu")
     logical_name = name_of_logical(ruleset, logical)
     check_budget(skeleton, resolution, devices, parsed.memory, logical_name)
-    loader = partial(cls.from_pretrained, directory, dtype=dtype)
-    if plan is not None:
-        loader = partial(_with_stand_ins, type(skeleton), plan, directory, config, chosen_dtype)
+    loader = stored.load if stored is not None else partial(cls.from_pretrained, directory, dtype=dtype)
     model = _load(loader, resolution, devices, skeleton)
-    if plan is not None:
-        fill(model, plan, _places(resolution, devices, skeleton), chosen_dtype)
-        setattr(model.config, "quantization_config", quantization)  # noqa: B010
-        object.__setattr__(model, "save_pretrained", partial(_refuse_to_save, directory))
+    if stored is not None:
+        stored.finish(model, _places(resolution, devices, skeleton))
     _place_parameters(model, resolution, devices, logical_name, logical)
     return compile(model, chosen, **compile_options, **options)
 
@@ -165,73 +155,6 @@ def _dtype(dtype: torch.dtype | str, config: Any) -> torch.dtype:
     if not isinstance(found, torch.dtype):
         raise OptionError(f"dtype={dtype!r}", expected="'auto', or a dtype such as torch.bfloat16 or 'bfloat16'")
     return found
-
-
-def _scheme(config: Any, directory: Path) -> Scheme | None:
-    """How the checkpoint stores its weights; takes that out of the config, so that a plain model is made of it."""
-    found = getattr(config, "quantization_config", None)
-    if found is None:
-        return None
-    del config.quantization_config
-    return scheme_of(found if isinstance(found, dict) else found.to_dict(), directory / "config.json")
-
-
-def _stored_plan(skeleton: nn.Module, directory: Path, scheme: Scheme | None, dtype: torch.dtype) -> StoredPlan | None:
-    """What is stored quantised; stand-ins of it are put into the skeleton."""
-    if scheme is None:
-        return None
-    checkpoint = open_checkpoint(directory)
-    if checkpoint is None:
-        raise WeightError(f"{directory} holds no weights that can be read", mend="download them again")
-    plan = plan_of(skeleton, checkpoint, scheme)
-    ignored = re.compile("|".join(getattr(skeleton, "_keys_to_ignore_on_load_unexpected", None) or ["(?!)"]))
-    strange = [base for base in plan.without_module if not ignored.search(base)]
-    if strange:
-        warnings.warn(
-            f"{directory}: {len(strange)} quantised weights belong to no module of the model and are not read "
-            f"({', '.join(strange[:3])}{', …' if len(strange) > 3 else ''})",
-            KtfxWarning,
-            stacklevel=3,
-        )
-    put_in(skeleton, plan)
-    outline(skeleton, plan, dtype)
-    return plan
-
-
-def _with_stand_ins(
-    kind: Any, plan: StoredPlan, directory: Path, config: Any, dtype: torch.dtype, **options: Any
-) -> nn.Module:
-    """transformers' loader over a model that has empty stand-ins where the checkpoint is quantised."""
-
-    def build(self: Any, *args: Any, **kwargs: Any) -> None:
-        kind.__init__(self, *args, **kwargs)
-        put_in(self, plan)
-        ignored = set(self._keys_to_ignore_on_load_unexpected or ())
-        self._keys_to_ignore_on_load_unexpected = ignored | plan.unexpected()
-
-    # In the model's own module: transformers looks there for what the class can do.
-    subclass = type(kind.__name__, (kind,), {"__init__": build, "__module__": kind.__module__})
-    model, loading = subclass.from_pretrained(  # type: ignore[attr-defined]
-        directory, config=config, dtype=dtype, output_loading_info=True, **options
-    )
-    model.__class__ = kind
-    del model._keys_to_ignore_on_load_unexpected
-    missing = sorted(loading["missing_keys"])
-    if missing:
-        raise WeightError(
-            f"{directory} lacks {len(missing)} weights of the model: {', '.join(missing[:3])}",
-            expected=f"each weight plain, or quantised as config.json says ({', '.join(plan.scheme.leaves)})",
-            mend="use the checkpoint that config.json belongs to",
-        )
-    return model
-
-
-def _refuse_to_save(directory: Path, *_: Any, **__: Any) -> None:
-    raise WeightError(
-        "a model whose weights a checkpoint stores quantised cannot be saved as a checkpoint again",
-        expected="its own files, which hold the same bits",
-        mend=f"copy {directory}; state_dict() gives the tensors as ktfx keeps them",
-    )
 
 
 def _places(resolution: Resolution, devices: DeviceMap, skeleton: nn.Module) -> dict[str, torch.device]:

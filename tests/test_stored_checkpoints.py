@@ -11,8 +11,10 @@ import quantised_files as files
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
+from typer.testing import CliRunner
 
 import ktfx
+from ktfx.cli.main import app
 from ktfx.errors import KtfxWarning, WeightError
 from ktfx.formats import dequantize
 from ktfx.ops.stored_experts import StoredMatrices
@@ -188,6 +190,26 @@ def test_gpt_oss(tmp_path: Path, op: str) -> None:
     assert ops["ktfx.routed_experts.default"] == 1
     packed = {e.format for e in ktfx.state_of(model).store.entries() if e.request is not None}
     assert packed == ({"cpu:mxfp4"} if op == "experts.cpu" else set())
+
+
+def test_explain_counts_what_is_stored(tmp_path: Path) -> None:
+    plain = files.write(tmp_path, files.gptq(), **SIZES)
+    chosen = tmp_path / "rules.json"
+    chosen.write_text(json.dumps(rules({"op": "linear.triton"}, {"op": "experts.cpu"})))
+    given = ["explain", str(chosen), "--model", str(tmp_path), "--json", "--errors"]
+    result = CliRunner().invoke(app, given)
+    assert result.exit_code == 0, result.output
+    found = json.loads(result.stdout)
+    assert not found["warnings"]
+    assert {e["format"] for e in found["quantisation_errors"]} == {"cpu:int4zp-g32"}
+    assert all(e["error"] == 0 for e in found["quantisation_errors"])
+    # Four bits a value, and for each of 32 a scale of 16 bits and a zero point of 8; the rest is float32, with two
+    # buffers of frequencies.
+    own = {n: p.numel() for n, p in plain.named_parameters() if ".experts." not in n}
+    packed = sum(size // 2 + size // 32 * 3 for name, size in own.items() if "proj" in name)
+    buffers = sum(b.numel() for b in plain.buffers())
+    kept = sum(size for name, size in own.items() if "proj" not in name)
+    assert found["devices"]["gpu0"]["bytes"] == packed + 4 * (kept + buffers)
 
 
 def test_a_bias_and_layers_that_are_not_quantised(tmp_path: Path) -> None:
