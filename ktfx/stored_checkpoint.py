@@ -35,13 +35,14 @@ class StoredModule:
 
     shape: a linear layer's (out, in). spec: of experts, in the layout of the model's own module. bases: ``weight`` →
     the layer's; for experts ``gate``, ``up`` and ``down`` → one for each expert, or ``gate_up`` and
-    ``down`` → one for all.
+    ``down`` → one for all. kind: the class of the model's own experts module.
     """
 
     path: str
     bases: Mapping[str, tuple[str, ...]]
     shape: tuple[int, int] = (0, 0)
     spec: ExpertsSpec | None = None
+    kind: type | None = None
 
 
 @dataclass(frozen=True)
@@ -155,7 +156,9 @@ def _stored_experts(path: str, module: nn.Module, parts: Mapping[str, Mapping[in
                 expected=f"{part} of all {spec.num_experts} experts in one format",
                 mend="fetch the whole checkpoint; one that keeps some experts unquantised must be dequantised",
             )
-    return StoredModule(path, {p: tuple(parts[p][e] for e in range(count)) for p in (*gated, "down")}, spec=spec)
+    return StoredModule(
+        path, {p: tuple(parts[p][e] for e in range(count)) for p in (*gated, "down")}, spec=spec, kind=type(module)
+    )
 
 
 # --- stand-ins -------------------------------------------------------------------------------------------------------
@@ -172,7 +175,7 @@ def put_in(model: nn.Module, plan: StoredPlan) -> None:
             made = StoredLinear(entry.shape[1], entry.shape[0])
             made.bias = old.bias
         else:
-            made = StoredExperts(entry.spec)
+            made = StoredExperts(entry.spec, entry.kind)
         if isinstance(plan.scheme, Fp8Blocks):
             made.block_size = plan.scheme.block  # type: ignore[assignment]
         setattr(model.get_submodule(parent), leaf, made.eval())

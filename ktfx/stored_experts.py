@@ -25,11 +25,13 @@ class StoredExperts(nn.Module):
     Built empty, from the spec of the module whose place it takes; ``fill`` gives it its tensors. Parameters:
     ``gate_up_proj`` (E, 2I, …) or ``up_proj``, ``down_proj`` (E, H, …), each with ``_scale`` (``_scale_inv`` for fp8)
     and, with zero points, ``_zeros``; biases as ``…_bias``. Buffer ``input_order``: see ``ktfx.ops.stored_experts``.
+    ``stands_for``: the class of the module whose place it takes; rules that name that class mean this one.
     ``origin``: where its tensors can be read again (``ktfx.stored_checkpoint.StoredOrigin``), or None.
     """
 
-    def __init__(self, spec: ExpertsSpec) -> None:
+    def __init__(self, spec: ExpertsSpec, stands_for: type | None = None) -> None:
         super().__init__()
+        self.stands_for = stands_for
         self.spec = replace(spec.canonical(), weights="model")
         self.num_experts = spec.num_experts
         self.has_gate, self.has_bias = spec.gate != "none", spec.has_bias

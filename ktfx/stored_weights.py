@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 
 from ktfx.errors import WeightError
-from ktfx.formats import QuantizedWeight, from_tensors, parse_format, storage
+from ktfx.formats import FORMATS, QuantizedWeight, dequantize, format_name, from_tensors, parse_format, storage
 
 # Parts of a stored weight beside its values, in the order of ``QuantizedWeight.tensors``.
 SCALES, ZEROS = "scales", "zeros"
@@ -48,6 +48,15 @@ def stored_weight(format: str, shape: Sequence[int], tensors: Sequence[torch.Ten
     if parse_format(format)[0].name == "fp8":
         tensors = [tensors[0], tensors[1].float()]
     return from_tensors(format, tuple(shape), list(tensors))
+
+
+def dequantize_each(weight: QuantizedWeight, dtype: torch.dtype) -> torch.Tensor:
+    """A weight (E, N, K) in ``dtype``, one matrix after another: only one is ever held in float32."""
+    name = format_name(FORMATS[weight.format], weight.group)
+    out = torch.empty(weight.shape, dtype=dtype, device=weight.data.device)
+    for e, matrix in enumerate(out):
+        matrix.copy_(dequantize(from_tensors(name, weight.shape[1:], [t[e] for t in weight.tensors()])))
+    return out
 
 
 def kept_format(stored: str, asked: str) -> str:

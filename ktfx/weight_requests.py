@@ -12,7 +12,7 @@ from ktfx.errors import WeightError
 from ktfx.formats import QuantizedWeight, dequantize, format_name, parse_format
 from ktfx.ops.experts import ExpertsSpec, Weight, experts_kernel
 from ktfx.ops.linear import LinearSpec, linear_kernel
-from ktfx.stored_weights import SCALES, ZEROS, scales_dtype, stored_format_of, stored_weight
+from ktfx.stored_weights import SCALES, ZEROS, dequantize_each, scales_dtype, stored_format_of, stored_weight
 
 MERGED = "merged"
 LINEAR = "linear."
@@ -80,7 +80,7 @@ class PackedRequest:
             stored = self.stored(part, tensors)
             if stored is not None:
                 kept = format_name(parse_format(stored.format)[0], stored.group) == self.spec.weights
-                given[part] = stored if kept else dequantize(stored, _wide(tensors[f"{part}_{SCALES}"]))
+                given[part] = stored if kept else dequantize_each(stored, _wide(tensors[f"{part}_{SCALES}"]))
         return experts_kernel(self.kernel).pack(self.spec, given, device)
 
     @property

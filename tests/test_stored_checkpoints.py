@@ -212,6 +212,18 @@ def test_explain_counts_what_is_stored(tmp_path: Path) -> None:
     assert found["devices"]["gpu0"]["bytes"] == packed + 4 * (kept + buffers)
 
 
+def test_a_rule_may_name_the_modules_own_class(tmp_path: Path) -> None:
+    files.write(tmp_path, files.gptq(), **SIZES)
+    given = rules()
+    given["rules"] = [
+        {"match": {"class": kind}, "replace": {"op": op}}
+        for kind, op in (("Qwen3MoeExperts", "experts.triton"), ("torch.nn.Linear", "linear.triton"))
+    ]
+    placements = ktfx.state_of(load(tmp_path, given)).resolution.placements
+    assert placements["model.layers.0.mlp.experts"].at("generate").op == "experts.triton"
+    assert placements["model.layers.0.self_attn.q_proj"].at("generate").op == "linear.triton"
+
+
 def test_a_bias_and_layers_that_are_not_quantised(tmp_path: Path) -> None:
     plain = files.write(tmp_path, files.awq(), **SIZES, attention_bias=True)
     kept = plain.model.layers[0].self_attn.o_proj  # type: ignore[union-attr]
