@@ -205,6 +205,13 @@ def _replace(
 
 def _cannot_give_back(experts: PlacedExperts) -> WeightError:
     request = experts.requests[0][0]
+    if experts.layout.stored:
+        return WeightError(
+            f"its weights are stored quantised ({experts.layout.spec.weights}), and where they came from is not known",
+            module=experts.path,
+            expected="a model that ktfx.from_pretrained loaded, whose experts can be read from their files again",
+            mend="load it with ktfx.from_pretrained; or release_host='exact' to keep such weights",
+        )
     return WeightError(
         f"its weights are packed as {request.spec.weights}, which rounds, so state_dict() could not return them",
         module=experts.path,

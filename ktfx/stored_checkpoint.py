@@ -20,6 +20,7 @@ from ktfx.errors import WeightError
 from ktfx.formats import QuantizedWeight, storage
 from ktfx.ops.experts import ExpertsSpec
 from ktfx.ops.experts_layout import experts_layout
+from ktfx.placed_tensor import physical_of
 from ktfx.quantised_checkpoints import ImportedWeight
 from ktfx.stored_experts import StoredExperts
 from ktfx.stored_linears import StoredLinear
@@ -156,9 +157,8 @@ def _stored_experts(path: str, module: nn.Module, parts: Mapping[str, Mapping[in
                 expected=f"{part} of all {spec.num_experts} experts in one format",
                 mend="fetch the whole checkpoint; one that keeps some experts unquantised must be dequantised",
             )
-    return StoredModule(
-        path, {p: tuple(parts[p][e] for e in range(count)) for p in (*gated, "down")}, spec=spec, kind=type(module)
-    )
+    bases = {part: tuple(parts[part][e] for e in range(count)) for part in (*gated, "down")}
+    return StoredModule(path, bases, spec=spec, kind=type(module))
 
 
 # --- stand-ins -------------------------------------------------------------------------------------------------------
@@ -218,6 +218,8 @@ def fill(model: nn.Module, plan: StoredPlan, places: Mapping[str, torch.device],
                 tensors = read_experts(files, plan.scheme, entry, dtype)
                 moved = {name: _own(t, device) for name, t in tensors.items()}
                 module.fill_by_name(moved)
+                if module.stored_call is None:
+                    raise _mixed("gate, up and down have groups of different sizes", entry.path)
                 module.origin = StoredOrigin(plan.checkpoint, plan.scheme, entry, dtype).noted(module)
 
 
@@ -331,12 +333,16 @@ def _same(weights: list[QuantizedWeight], path: str) -> None:
     kinds = {(w.format, w.group, *(t.dtype for t in w.tensors())) for w in weights}
     if len(kinds) > 1:
         named = " and ".join(sorted(f"{format} in groups of {group}" for format, group, *_ in kinds))
-        raise WeightError(
-            f"the checkpoint stores these experts in several formats: {named}",
-            module=path,
-            expected="one format for all experts of a layer",
-            mend="dequantise the checkpoint and let a rule quantise it (weights: int4)",
-        )
+        raise _mixed(named, path)
+
+
+def _mixed(found: str, path: str) -> WeightError:
+    return WeightError(
+        f"the checkpoint stores these experts in several formats: {found}",
+        module=path,
+        expected="one format for all experts of a layer",
+        mend="dequantise the checkpoint and let a rule quantise it (weights: int4)",
+    )
 
 
 def _zero_points(weight: QuantizedWeight) -> QuantizedWeight:
@@ -414,4 +420,5 @@ class StoredReader:
 
 
 def _stamp(tensor: torch.Tensor) -> tuple[int, int]:
-    return tensor.data_ptr(), tensor._version
+    physical = physical_of(tensor)
+    return physical.data_ptr(), physical._version

@@ -76,26 +76,27 @@ def scales_dtype(format: str, scales: torch.Tensor, otherwise: torch.dtype = tor
 
 
 def dequantize_blocks(
-    weight: torch.Tensor, scales: torch.Tensor, block: Sequence[int], dtype: torch.dtype
+    weight: torch.Tensor, scales: torch.Tensor, block: Sequence[int], dtype: torch.dtype, halves: bool = False
 ) -> torch.Tensor:
     """An fp8 matrix (N, K) with scales per block of any size: (⌈N/b⌉, ⌈K/c⌉) for ``block`` (b, c), in ``dtype``.
 
-    block: empty for one scale a matrix. Two matrices one above the other may have their own rows of scales each (a
-    gate and an up projection whose rows are no multiple of b). Raises WeightError for scales that fit neither way.
+    block: empty for one scale a matrix. halves: two matrices lie one above the other (a gate and an up projection),
+    each with rows of scales of its own; where there are too few for that, blocks run through both. Raises WeightError
+    for scales that do not fit.
     """
     N, K = weight.shape
     scales = scales.float()
     if scales.dim() == 0:
         return (weight.float() * scales).to(dtype)
-    rows, columns = block if block else (N, K)
-    for parts in (1, 2):
+    for parts in (2, 1) if halves else (1,):
         size = N // parts
+        rows, columns = block if block else (size, K)
         if N % parts or tuple(scales.shape) != (parts * -(-size // rows), -(-K // columns)):
             continue
         wide = scales.repeat_interleave(columns, 1)[:, :K].unflatten(0, (parts, -1))
         return (weight.float() * wide.repeat_interleave(rows, 1)[:, :size].flatten(0, 1)).to(dtype)
     raise WeightError(
         f"an fp8 weight {(N, K)} has scales {tuple(scales.shape)}",
-        expected=f"one for each block of {rows} × {columns}",
+        expected=f"one for each {' × '.join(map(str, block)) or 'matrix'}",
         mend="check weight_block_size in the checkpoint's config.json",
     )

@@ -42,6 +42,7 @@ def words(values: torch.Tensor, dim: int, order: tuple[int, ...] = tuple(range(8
 
 def _codes(N: int, K: int, group: int, symmetric: bool, g: torch.Generator) -> tuple[torch.Tensor, ...]:
     """codes and zeros 0…15, scales in float16: (N, K), (N, G), (N, G)."""
+    group = group or K
     codes, zeros = torch.randint(0, 16, (N, K), generator=g), torch.randint(5, 11, (N, K // group), generator=g)
     scales = ((torch.rand(N, K // group, generator=g) + 0.5) * 0.02).half()
     return codes, torch.full_like(zeros, 8) if symmetric else zeros, scales
@@ -81,9 +82,11 @@ def awq(group: int = 32) -> Layout:
 
 
 def compressed_tensors(group: int = 32, symmetric: bool = True) -> Layout:
+    """group: 0 for one scale a row."""
+
     def store(N: int, K: int, g: torch.Generator) -> Stored:
         codes, zeros, scales = _codes(N, K, group, symmetric, g)
-        at = torch.arange(K) // group
+        at = torch.arange(K) // (group or K)
         stored = {
             "weight_packed": words(codes, 1),
             "weight_scale": scales.bfloat16(),
@@ -93,7 +96,8 @@ def compressed_tensors(group: int = 32, symmetric: bool = True) -> Layout:
             stored["weight_zero_point"] = words(zeros, 0)
         return stored, (codes - zeros[:, at]).float() * scales.bfloat16()[:, at].float()
 
-    weights = {"num_bits": 4, "type": "int", "symmetric": symmetric, "strategy": "group", "group_size": group}
+    weights = {"num_bits": 4, "type": "int", "symmetric": symmetric, "strategy": "group" if group else "channel"}
+    weights |= {"group_size": group or None}
     groups = {"group_0": {"targets": ["Linear"], "weights": weights, "input_activations": None}}
     config = {"quant_method": "compressed-tensors", "format": "pack-quantized", "config_groups": groups}
     return Layout(config | {"ignore": ["lm_head"]}, store)

@@ -59,7 +59,7 @@ def plain_weights(module: Any, block: tuple[int, int] | None) -> dict[str, torch
     return {
         name: torch.stack(
             [
-                dequantize_blocks(codes, scales, block or (), torch.float32)
+                dequantize_blocks(codes, scales, block or (), torch.float32, name == "gate_up_proj")
                 for codes, scales in zip(getattr(module, name), getattr(module, f"{name}_scale_inv"), strict=True)
             ]
         )

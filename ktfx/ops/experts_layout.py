@@ -11,10 +11,12 @@ from typing import Any
 
 import torch
 
+from ktfx.formats import FP8_BLOCK
 from ktfx.ops.experts import ACTIVATIONS, ExpertsSpec, apply_gate
 from ktfx.stored_weights import SCALES, ZEROS, scales_dtype, stored_format_of
 
 _PROBE_ROWS = 16
+_FP8 = torch.float8_e4m3fn
 # How a module may name the scales and zero points of a weight.
 SCALE_SUFFIXES = ("_scale_inv", "_scale")
 ZERO_SUFFIX = "_zeros"
@@ -117,10 +119,12 @@ def _with_scales(
     ordered = [*parameters]
     ordered.sort(key=lambda part: (part.endswith("_bias"), not part.startswith("gate_up")))  # as kernels read them
     parameters = {part: parameters[part] for part in ordered}
+    if spec.gate != "none" and spec.intermediate % FP8_BLOCK and getattr(module, weights["gate_up"]).dtype == _FP8:
+        formats = {None: None}  # blocks begin anew with up's rows
     order = "input_order" if isinstance(getattr(module, "input_order", None), torch.Tensor) else None
     (format, *others) = formats
     if others or format is None:
-        if any(getattr(module, name).dtype != torch.float8_e4m3fn for name in weights.values()):
+        if any(getattr(module, name).dtype != _FP8 for name in weights.values()):
             return f"{type(module).__name__} stores its experts in formats that do not go together"
         block = tuple(getattr(module, "block_size", None) or ())
         size = " × ".join(map(str, block)) or "one matrix"

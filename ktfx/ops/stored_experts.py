@@ -22,6 +22,7 @@ class StoredMatrices:
 
     tensors: values, scales and zero points, stacked over experts; one float tensor is taken as dequantised already.
     format: as ``ktfx.formats`` names it; empty for fp8 with scales per ``block``.
+    halves: whether they are a gate and an up projection, one above the other.
     order: (E, parts, K) or None; the columns of each of ``parts`` equal stacks of rows, as they were sorted: the stored
         column j belongs to input ``order[e, part, j]``.
     """
@@ -30,6 +31,7 @@ class StoredMatrices:
     format: str
     inputs: int
     block: Sequence[int] = ()
+    halves: bool = False
     order: torch.Tensor | None = None
 
     def __getitem__(self, e: int) -> torch.Tensor:
@@ -40,7 +42,7 @@ class StoredMatrices:
             weight = stored_weight(self.format, (values.shape[0], self.inputs), [t[e] for t in self.tensors])
             plain = dequantize(weight)
         else:
-            plain = dequantize_blocks(values, self.tensors[1][e], self.block, torch.float32)
+            plain = dequantize_blocks(values, self.tensors[1][e], self.block, torch.float32, self.halves)
         if self.order is None:
             return plain
         order = self.order[e].long()
@@ -70,7 +72,7 @@ def stored_experts(
     decoded = ExpertsSpec.decode(spec)
     format = "" if decoded.weights == "model" else decoded.weights
     parts: dict[str, Any] = {
-        "gate_up": StoredMatrices(gate_up, format, decoded.hidden, block, order),
+        "gate_up": StoredMatrices(gate_up, format, decoded.hidden, block, decoded.gate != "none", order),
         "down": StoredMatrices(down, format, decoded.intermediate, block),
     }
     plain: Mapping[str, Any] = parts | dict(zip(("gate_up_bias", "down_bias"), biases, strict=False))
