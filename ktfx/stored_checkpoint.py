@@ -211,6 +211,8 @@ def fill(model: nn.Module, plan: StoredPlan, places: Mapping[str, torch.device],
         for entry in plan.modules:
             module, device = model.get_submodule(entry.path), places.get(entry.path, torch.device("cpu"))
             if isinstance(module, StoredLinear):
+                if module.bias is None:
+                    _expect_no_bias(files, entry.bases["weight"][0])
                 weight = _read(files, plan.scheme, entry.bases["weight"][0], entry.shape)
                 order = None if weight.order is None else weight.order.to(device)
                 module.fill([_own(t, device) for t in weight.weight.tensors()], None, order)
@@ -259,6 +261,18 @@ def _read(files: TensorFiles, scheme: Scheme, base: str, shape: tuple[int, ...] 
     return found
 
 
+def _expect_no_bias(files: TensorFiles, base: str) -> None:
+    """Some packages write biases of zeros for layers that have none; others would be lost."""
+    name = f"{base}.bias"
+    if name in files and bool(files.read(name).any()):
+        raise WeightError(
+            f"{files.checkpoint.where[name].name} holds {name}, and the model's layer has no bias",
+            module=base,
+            expected="no bias, or one of zeros",
+            mend="use the config.json that belongs to these files (attention_bias and the like)",
+        )
+
+
 def read_experts(
     files: TensorFiles, scheme: Scheme, entry: StoredModule, dtype: torch.dtype
 ) -> dict[str, torch.Tensor]:
@@ -289,6 +303,8 @@ def _one_by_one(
     gated = [p for p in ("gate", "up") if p in entry.bases]
     ups, downs, orders = [], [], []
     for e in range(spec.num_experts):
+        for part in entry.bases:
+            _expect_no_bias(files, entry.bases[part][e])
         down = _read(files, scheme, entry.bases["down"][e], (spec.hidden, spec.intermediate))
         parts = [_read(files, scheme, entry.bases[p][e], (spec.intermediate, spec.hidden)) for p in gated]
         # A down projection whose inputs were sorted wants the rows before it in that order.

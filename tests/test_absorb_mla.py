@@ -130,7 +130,7 @@ def test_bfloat16_is_no_further_from_the_truth_than_eager() -> None:
     assert error(ours) <= 1.5 * error(eager)
 
 
-@pytest.mark.parametrize("op", ["linear.aten", "linear.triton"])
+@pytest.mark.parametrize("op", [pytest.param("linear.aten", marks=pytest.mark.slow), "linear.triton"])
 def test_a_projection_that_a_rule_rounds_is_dequantised_once(op: str) -> None:
     model = tiny_model("deepseek_v3", layers=1, kv_lora_rank=32)
     rounded = copy.deepcopy(model)
@@ -149,7 +149,7 @@ def test_a_projection_that_a_rule_rounds_is_dequantised_once(op: str) -> None:
     assert "dequantised.float32:int8" not in {e.format for e in ktfx.state_of(model).quantisation_errors()}
 
 
-@pytest.mark.parametrize("op", [None, "linear.triton"])
+@pytest.mark.parametrize("op", [None, pytest.param("linear.triton", marks=pytest.mark.slow)])
 def test_a_projection_that_the_checkpoint_rounded(tmp_path: Path, op: str | None) -> None:
     sizes = {"hidden_size": 64, "q_lora_rank": 64, "kv_lora_rank": 64, "moe_intermediate_size": 64}
     plain = write(tmp_path, gptq(), "deepseek_v3", **sizes, v_head_dim=16, first_k_dense_replace=0)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import json
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -180,6 +182,15 @@ def test_greedy_tokens_and_what_state_dict_holds(tmp_path: Path) -> None:
     prefix = "model.layers.0.mlp.experts.gate_up_proj"
     assert {n.removeprefix(prefix) for n in held if n.startswith(prefix)} == {"", "_scale", "_zeros"}
     assert held[prefix].dtype == torch.uint8 and held[f"{prefix}_scale"].dtype == torch.float16
+    for plain_copy in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert type(plain_copy.model.layers[0].mlp.experts.gate_up_proj) is nn.Parameter
+        torch.testing.assert_close(logits(plain_copy), logits(plain), atol=1e-4, rtol=1e-4)
+    again = ktfx.restore(load(tmp_path))
+    with torch.no_grad():
+        for parameter in again.parameters():
+            parameter.zero_()
+    again.load_state_dict(held)
+    torch.testing.assert_close(logits(again), logits(plain), atol=1e-4, rtol=1e-4)
     with pytest.raises(WeightError, match="cannot be saved"):
         model.save_pretrained(tmp_path / "again")  # type: ignore[operator]
     assert model.config.quantization_config["quant_method"] == "gptq"  # type: ignore[union-attr]
@@ -273,6 +284,18 @@ def test_a_bias_and_layers_that_are_not_quantised(tmp_path: Path) -> None:
     model = ktfx.restore(load(tmp_path))
     assert type(model.model.layers[0].self_attn.o_proj) is nn.Linear  # type: ignore[union-attr]
     torch.testing.assert_close(logits(model), logits(plain), atol=1e-4, rtol=1e-4)
+
+
+def test_a_bias_that_the_model_has_not(tmp_path: Path) -> None:
+    plain = files.write(tmp_path, files.gptq(), **SIZES)
+    names = ("model.layers.0.self_attn.q_proj.bias", "model.layers.0.mlp.experts.2.up_proj.bias")
+    replace_tensors(tmp_path, {name: torch.zeros(64) for name in names})
+    torch.testing.assert_close(logits(ktfx.restore(load(tmp_path))), logits(plain), atol=1e-4, rtol=1e-4)
+    for name in names:
+        replace_tensors_again(tmp_path, {n: torch.full((64,), float(n == name)) for n in names})
+        with pytest.raises(WeightError, match="has no bias") as caught:
+            load(tmp_path)
+        assert caught.value.module == name.removesuffix(".bias") and name in str(caught.value)
 
 
 def replace_tensors(directory: Path, new: dict[str, torch.Tensor], drop: str = "(?!)") -> None:
