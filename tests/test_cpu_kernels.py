@@ -460,7 +460,7 @@ def test_how_far_ahead_weights_are_fetched_changes_nothing(weights):
             assert torch.equal(native.forward(spec, x, ids, routing, packed), want)
     finally:
         native.lib().ktfx_set_ahead(0)
-    assert native.lib().ktfx_ahead() == 1024
+    assert native.lib().ktfx_ahead() == 0
 
 
 def test_packed_weights_are_freed_with_their_last_owner():

@@ -1166,14 +1166,16 @@ void row_peaks(const void* row, int dtype, int64_t n, int64_t group, int32_t* pe
 // ---------------------------------------------------------------------------------------------------------------------
 // What the machine can do, measured with this file's instructions.
 
+// Four places at once, and no prefetch instructions: faster than one stream with them, so the higher yardstick.
 double sum(const uint8_t* data, int64_t bytes) {
-  vi a[4] = {};
-  int64_t i = 0;
-  for (; i + 4 * (int64_t)sizeof(vi) <= bytes; i += 4 * sizeof(vi)) {
-    for (int j = 0; j < 4 * (int)sizeof(vi); j += 64) __builtin_prefetch(data + i + j + 2048);
-    for (int j = 0; j < 4; ++j) a[j] ^= load<vi>(data + i + j * sizeof(vi));
-  }
-  vi all = a[0] ^ a[1] ^ a[2] ^ a[3];
+  constexpr int places = 4;
+  const int64_t part = bytes / (places * 64) * 64;
+  vi a[places] = {};
+  for (int64_t i = 0; i < part; i += 64)
+    for (int s = 0; s < places; ++s)
+      for (int j = 0; j < 64; j += (int)sizeof(vi)) a[s] ^= load<vi>(data + s * part + i + j);
+  for (int64_t i = places * part; i + (int64_t)sizeof(vi) <= bytes; i += sizeof(vi)) a[0] ^= load<vi>(data + i);
+  const vi all = a[0] ^ a[1] ^ a[2] ^ a[3];
   double total = 0;
   for (int j = 0; j < L; ++j) total += all[j];
   return total;

@@ -64,6 +64,7 @@ def now(own_threads: bool = False) -> float:
 
 
 SHORT_CALL = 0.1  # seconds: calls below are preceded by a pause and one that is not timed
+READ_PIECE = 128 << 20  # bytes
 PAUSE = 0.006  # seconds: as long as idle OpenMP threads spin
 MOST_BATCHED = 16  # tokens: batched_mm copies the weights of every choice
 
@@ -346,9 +347,13 @@ def measure(
     begin, rounds = time.monotonic(), 0
     while rounds < 3 or (time.monotonic() - begin < seconds and rounds < 200):
         which, layer = rounds % len(sets), rounds % layers
+        time.sleep(PAUSE)
+        pieces = sink.split(READ_PIECE)[: max(1, sink.numel() // READ_PIECE)]
+        lib.ktfx_measure_read(pieces[rounds % len(pieces)].data_ptr(), READ_PIECE // 8)
+        piece = pieces[(rounds + 1) % len(pieces)]  # not what the last round read: it may lie in a large cache
         start = now()
-        lib.ktfx_measure_read(sink.data_ptr(), sink.numel())
-        local.read.append(sink.numel() / (now() - start))
+        lib.ktfx_measure_read(piece.data_ptr(), piece.numel())
+        local.read.append(piece.numel() / (now() - start))
         if rounds % 4 == 0:
             wall, start = time.monotonic(), now()
             local.fma.append(lib.ktfx_measure_fma() * (time.monotonic() - wall) / (now() - start))
@@ -483,10 +488,10 @@ def sweep_ahead(shape: Shape, weights: dict[str, torch.Tensor]) -> None:
             sets = [inputs(shape, tokens, i) for i in range(5)]
             times: dict[int, list[float]] = {d: [] for d in distances}
             for i in range(40 if tokens == 1 else 12):
-                for distance in distances:
+                for j, distance in enumerate(distances):  # never the experts of the call before: a cache may hold them
                     native.lib().ktfx_set_ahead(distance)
                     start = now()
-                    native.forward(spec, *sets[i % 5], packed[i % 2])
+                    native.forward(spec, *sets[(i + j) % 5], packed[i % 2])
                     times[distance].append(now() - start)
             found = ", ".join(f"{d} B {statistics.median(t) * 1e3:.2f}" for d, t in times.items())
             print(f"{fmt} {tokens}t, ms by distance fetched ahead: {found}", flush=True)
@@ -592,7 +597,7 @@ def main() -> int:
             c.error = relative_error(c.call(x, ids, weights, 0), want)
         del wide
         # Read as the kernels do: from memory placed and paged like the packed weights.
-        sink = native.pack(spec_of(shape, "int8"), layers[0])[0].view(-1)[: 128 << 20]
+        sink = native.pack(spec_of(shape, "int8"), layers[0])[0].view(-1)
         for tokens in counts:
             done = measure(name, shape, contenders, tokens, len(layers), seconds, sink, limits)
             print_rows(done, statistics.median(limits.read), statistics.median(limits.fma), matmul)
