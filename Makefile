@@ -12,10 +12,10 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.ktfx-ready
 PACKAGE := pyproject.toml setup.py $(wildcard ktfx/cpu_kernels/*.cpp ktfx/cpu_kernels/*.h ktfx/cpu_kernels/*.inl)
 
-.PHONY: help setup demo test test-slow lint bench native-sanitize clean
+.PHONY: help setup demo test test-slow lint bench native-sanitize native-aarch64 clean
 
 help: ## list the targets
-	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 18
+	@sed -n 's/^\([a-z0-9-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 18
 
 setup: $(STAMP) ## make .venv and install ktfx with all that its tests need
 
@@ -54,6 +54,9 @@ bench: setup ## the pytest-benchmark suites
 # The CPU kernels and their driver, without Python, under the address, undefined-behaviour and thread sanitizers.
 native-sanitize: ## the CPU kernels under sanitizers
 	tests/native/sanitize.sh
+
+native-aarch64: ## the CPU kernels cross-compiled for aarch64, and run under qemu
+	tests/native/aarch64.sh
 
 clean: ## remove the virtual environment and what was built
 	rm -rf $(VENV) build ktfx.egg-info ktfx/cpu_kernels/*.so .pytest_cache .mypy_cache .ruff_cache

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ktfx.adopt import adopt, give_up
 from ktfx.backend import compile_graph
 from ktfx.bad_calls import bound_argument, reason_for_failure, refuse_bad_shapes
 from ktfx.cache import place_cache
@@ -27,7 +28,6 @@ from ktfx.graph_breaks import first_line, refuse_break_inside_layer
 from ktfx.options import CompileOptions, RulesSource, parse_options
 from ktfx.sliding_cache import lengthen_sliding_layers
 from ktfx.state import ModelState, forget, model_state, states_of
-from ktfx.stored_linears import adopt, give_up
 from ktfx.watch import ModuleWatch, watch_modules
 
 _ATTRIBUTE = "_ktfx_compiled"

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import nn
 
 from ktfx.devices import DeviceMap
 from ktfx.errors import PlacementError
+from ktfx.experts_requests import requested_spec
 from ktfx.linear_rules import linear_choice, packed_bytes, read_as_they_are
 from ktfx.ops.experts import experts_kernel, experts_kernel_names
 from ktfx.ops.experts_layout import experts_layout
@@ -74,12 +75,11 @@ def _packed_bytes(module: nn.Module, placement: ModulePlacement, phase: str) -> 
     layout = experts_layout(module)
     if isinstance(layout, str) or kernel_name not in experts_kernel_names():
         return None
-    spec = replace(layout.spec, weights=at.weights or "model")
-    dtype = getattr(module, layout.parameters["down"]).dtype
+    spec = requested_spec(layout, placement, phase)
     kernel = experts_kernel(kernel_name)
-    if kernel.unsupported(spec, dtype, torch.device("cpu")) is not None:
+    if kernel.unsupported(spec, layout.dtype, torch.device("cpu")) is not None:
         return None
-    total = sum(_count(m.shape) * m.dtype.itemsize for m in kernel.packed_meta(spec, dtype))
+    total = sum(_count(m.shape) * m.dtype.itemsize for m in kernel.packed_meta(spec, layout.dtype))
     names = list(layout.parameters.values())
     share = {name: getattr(module, name).numel() for name in names}
     whole = sum(share.values())

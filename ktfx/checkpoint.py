@@ -9,16 +9,18 @@ from __future__ import annotations
 
 import json
 import os
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from ktfx.errors import WeightError
 
 # What a checkpoint may call the matrices of one expert: gate, up, down.
-_NAMES = (("gate_proj", "up_proj", "down_proj"), ("w1", "w3", "w2"))
-_MODULES = (("", ""), (".mlp.", ".block_sparse_moe."), (".feed_forward.", ".mlp."))
+EXPERT_MATRICES = (("gate_proj", "up_proj", "down_proj"), ("w1", "w3", "w2"))
+EXPERT_PATHS = (("", ""), (".mlp.", ".block_sparse_moe."), (".feed_forward.", ".mlp."))
 
 
 @dataclass(frozen=True)
@@ -46,6 +48,12 @@ class Checkpoint:
         """A tensor, or a range of its first dimension. WeightError if its file is gone or was changed."""
         from safetensors import safe_open
 
+        self.check_unchanged(name)
+        with safe_open(self.where[name], framework="pt") as file:
+            return file.get_tensor(name) if rows is None else file.get_slice(name)[rows]
+
+    def check_unchanged(self, name: str) -> None:
+        """WeightError if the file of a tensor is gone or was changed since the checkpoint was opened."""
         path = self.where[name]
         if not path.is_file() or FileStamp.of(path) != self.stamps[path]:
             raise WeightError(
@@ -54,8 +62,43 @@ class Checkpoint:
                 expected="the file that the model was loaded from",
                 mend="put it back, or compile with release_host=False or 'lossy'",
             )
-        with safe_open(path, framework="pt") as file:
-            return file.get_tensor(name) if rows is None else file.get_slice(name)[rows]
+
+
+class TensorFiles:
+    """A checkpoint's files held open while many of their tensors are read; a context."""
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self.checkpoint = checkpoint
+        self._stack = ExitStack()
+        self._open: dict[Path, Any] = {}
+
+    def __enter__(self) -> TensorFiles:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._open.clear()
+        self._stack.close()
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.checkpoint.where
+
+    def read(self, name: str) -> torch.Tensor:
+        """A tensor. WeightError if its file is gone, was changed, or holds no tensor of that name."""
+        from safetensors import SafetensorError, safe_open
+
+        path = self.checkpoint.where[name]
+        if path not in self._open:
+            self.checkpoint.check_unchanged(name)
+            self._open[path] = self._stack.enter_context(safe_open(path, framework="pt"))
+        try:
+            return self._open[path].get_tensor(name)
+        except SafetensorError as error:
+            raise WeightError(
+                f"{path} cannot give the tensor: {error}",
+                module=name,
+                expected="the tensors that model.safetensors.index.json says it holds",
+                mend="download the checkpoint again",
+            ) from error
 
 
 def open_checkpoint(directory: Path | str | None) -> Checkpoint | None:
@@ -130,8 +173,8 @@ def experts_reader(
     if part not in ("gate_up", "down") or not plain:
         return None
     path = name.rpartition(".")[0]
-    for old, new in _MODULES:
-        for gate, up, down in _NAMES:
+    for old, new in EXPERT_PATHS:
+        for gate, up, down in EXPERT_MATRICES:
             prefix = path.replace(old, new) if old else path
             wanted = (gate, up) if part == "gate_up" else (down,)
             pieces = tuple(tuple(f"{prefix}.{e}.{leaf}.weight" for leaf in wanted) for e in range(shape[0]))

@@ -11,6 +11,7 @@ from ktfx.devices import DeviceMap
 from ktfx.ops.experts import ExpertsSpec, experts_kernel
 from ktfx.ops.experts_layout import ExpertsLayout, experts_layout
 from ktfx.resolve import ModulePlacement, Resolution
+from ktfx.stored_weights import kept_format
 from ktfx.weight_requests import PackedRequest
 
 PHASES = ("generate", "prefill")
@@ -28,7 +29,8 @@ def requested_spec(layout: ExpertsLayout, placement: ModulePlacement, phase: str
     """The module's spec with the format and activations that its rule asks for."""
     at = placement.at(phase)
     options = dict(placement.rule.replace.options) if placement.rule is not None else {}
-    spec = replace(layout.spec, weights=at.weights or "model")
+    asked = at.weights or "model"
+    spec = replace(layout.spec, weights=kept_format(layout.spec.weights, asked) if layout.stored else asked)
     if "activations" in options:
         spec = replace(spec, activations=str(options["activations"]))
     return spec
@@ -40,11 +42,16 @@ def request_for(path: str, layout: ExpertsLayout, kernel: str, spec: ExpertsSpec
 
 def read_parameters(module: nn.Module, layout: ExpertsLayout, kernel: str, spec: ExpertsSpec) -> list[str] | None:
     """The parameters that the kernel reads as they are, in the order of its packed tensors; None if it packs them."""
-    if not experts_kernel(kernel).takes_parameters(spec):
+    if spec.weights != layout.spec.weights or not experts_kernel(kernel).takes_parameters(spec):
         return None
-    parts = ["gate_up", "down", *(["gate_up_bias", "down_bias"] if spec.has_bias else [])]
-    names = [layout.parameters[part] for part in parts]
-    return names if all(getattr(module, name).is_contiguous() for name in names) else None
+    names = [*layout.names("gate_up"), *layout.names("down")]
+    names += [layout.parameters[part] for part in ("gate_up_bias", "down_bias") if spec.has_bias]
+    own = [getattr(module, name) for name in names]
+    if layout.stored:
+        metas = experts_kernel(kernel).packed_meta(spec, layout.dtype)
+        if [(tuple(t.shape), t.dtype) for t in own] != [(m.shape, m.dtype) for m in metas]:
+            return None
+    return names if all(t.is_contiguous() for t in own) else None
 
 
 @dataclass(frozen=True)
@@ -65,13 +72,12 @@ def placed_experts(model: nn.Module, resolution: Resolution, devices: DeviceMap)
         layout = experts_layout(module)
         if isinstance(layout, str):
             continue
-        dtype = getattr(module, layout.parameters["down"]).dtype
         requests: dict[tuple[PackedRequest, str], None] = {}
         for phase in PHASES:
             name, at = kernel_of(placement, phase), placement.at(phase)
             assert name is not None
             spec = requested_spec(layout, placement, phase)
-            if experts_kernel(name).unsupported(spec, dtype, devices[at.device]) is not None:
+            if experts_kernel(name).unsupported(spec, layout.dtype, devices[at.device]) is not None:
                 break
             if read_parameters(module, layout, name, spec) is not None:
                 break

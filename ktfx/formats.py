@@ -335,7 +335,8 @@ def _round_fp8(m_NK: torch.Tensor, group: int, dtype: torch.dtype, search: bool)
 def _round_mxfp4(m_NK: torch.Tensor, group: int, dtype: torch.dtype, search: bool) -> list[torch.Tensor]:
     w = _grouped(m_NK, BLOCK)
     # The largest e2m1 value is 1.5 · 2², so the block's exponent is two below that of its largest magnitude.
-    exponent = w.abs().amax(-1).clamp(min=2.0**-120).log2().floor() - 2
+    # frexp, not log2, which rounds up to the next whole number just below a power of two.
+    exponent = torch.frexp(w.abs().amax(-1).clamp(min=2.0**-120))[1] - 3
     bounds = torch.tensor([(a + b) / 2 for a, b in itertools.pairwise(E2M1)], device=w.device)
     table = torch.tensor(E2M1, device=w.device)
 

@@ -15,7 +15,8 @@ from ktfx.devices import is_host
 from ktfx.op_names import family
 from ktfx.ops.linear import LinearSpec, linear_kernel, linear_kernel_names
 from ktfx.resolve import PHASES, ModulePlacement
-from ktfx.stored_linears import stored_format
+from ktfx.stored_linears import stored_weight_of
+from ktfx.stored_weights import SCALES, kept_format, scales_dtype
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,7 @@ def linear_choice(module: nn.Module, placement: ModulePlacement, phase: str) -> 
     if not isinstance(module, nn.Linear) or placement.rule is None or at.op is None:
         return None
     weights = at.weights or "model"
-    stored = stored_format(module)
+    stored = stored_weight_of(module)
     if at.op in ("aten", "linear.aten"):
         if weights == "model":
             return None
@@ -49,12 +50,14 @@ def linear_choice(module: nn.Module, placement: ModulePlacement, phase: str) -> 
         kernel, op = at.op.removeprefix("linear."), at.op
     else:
         return None
-    if stored is not None and weights == "model":
-        weights = stored
+    dtype = module.weight.dtype
+    if stored is not None and stored.format:
+        weights = kept_format(stored.format, weights)
+        # What scales are rounded to, should a rule ask for another format than the checkpoint's.
+        dtype = scales_dtype(stored.format, module.get_parameter(stored.parts[SCALES]))
     activations = str(placement.rule.replace.options.get("activations", "model"))
     spec = LinearSpec(module.in_features, module.out_features, weights, activations)
-    # What a stored layer's scales are rounded to, should a rule ask for another format: its checkpoint does not say.
-    return LinearChoice(kernel, spec, op, torch.bfloat16 if stored is not None else module.weight.dtype)
+    return LinearChoice(kernel, spec, op, dtype)
 
 
 def why_not(choice: LinearChoice, device_name: str, real: torch.device, devices: Mapping[str, str]) -> str | None:
@@ -74,9 +77,11 @@ def packed_bytes(choice: LinearChoice) -> int:
 
 def read_as_they_are(choice: LinearChoice, module: nn.Module) -> tuple[str, ...] | None:
     """The layer's own parameters, by name, if the kernel reads just these, so that no other copy need exist."""
-    names = {"model": ("weight",), stored_format(module): ("weight", "weight_scale_inv")}.get(choice.spec.weights)
-    if names is None:
+    stored = stored_weight_of(module)
+    kept = stored.format if stored is not None else "model"
+    if choice.spec.weights != kept:
         return None
+    names = tuple(stored.parts.values()) if stored is not None else ("weight",)
     own = [(tuple(p.shape), p.dtype) for p in map(module.get_parameter, names)]
     metas = linear_kernel(choice.kernel).packed_meta(choice.spec, choice.dtype)
     return names if [(m.shape, m.dtype) for m in metas] == own else None

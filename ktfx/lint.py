@@ -14,10 +14,11 @@ from torch import nn
 from ktfx import kt_compat
 from ktfx.devices import is_host, written_device
 from ktfx.errors import KtfxError, Origin, PlacementError, RuleError
+from ktfx.experts_requests import requested_spec
 from ktfx.linear_rules import linear_choice, why_not
 from ktfx.op_names import family, runs_on_host
 from ktfx.ops import load_ops
-from ktfx.ops.experts import ExpertsSpec, experts_kernel, experts_kernel_names
+from ktfx.ops.experts import experts_kernel, experts_kernel_names
 from ktfx.ops.experts_layout import experts_layout
 from ktfx.resolve import ModuleFacts, ModulePlacement, Resolution, name_matches, resolve, rule_matches
 from ktfx.rule_parser import parse_rules
@@ -354,9 +355,8 @@ def _why_not(resolution: Resolution, model: nn.Module, placement: ModulePlacemen
         return None
     if kernel not in experts_kernel_names():
         return f"no kernel {place.op} is registered in this installation"
-    spec: ExpertsSpec = replace(layout.spec, weights=place.weights or "model")
-    dtype = next(module.parameters()).dtype
-    return experts_kernel(kernel).unsupported(spec, dtype, _real(place.device, resolution.ruleset))
+    spec = requested_spec(layout, placement, phase)
+    return experts_kernel(kernel).unsupported(spec, layout.dtype, _real(place.device, resolution.ruleset))
 
 
 def _why_no_linear(resolution: Resolution, model: nn.Module, placement: ModulePlacement, phase: str) -> str | None:

@@ -2,12 +2,15 @@
 
 transformers' own loader reads (and converts) the checkpoint; the rules give it a device map, so that a weight goes from
 the file to its device without a stop on the host. The parameters then become PlacedTensors on the logical device.
+What a checkpoint stores quantised ktfx reads itself (``ktfx.stored_checkpoint``), and keeps its bits.
 """
 
 from __future__ import annotations
 
 import json
 import struct
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +25,7 @@ from ktfx.options import RulesSource, parse_options
 from ktfx.resolve import Resolution, resolve
 from ktfx.ruleset import load_ruleset
 from ktfx.state import default_rules, name_of_logical
+from ktfx.stored_loading import stored_load
 
 # Arguments that ktfx.compile names; the rest are CompileOptions.
 _OF_COMPILE = ("cache", "release_host", "dynamic", "direct_calls")
@@ -38,12 +42,14 @@ def from_pretrained(
     """Load a model directory and compile it: ``ktfx.compile(AutoModelForCausalLM.from_pretrained(path), rules)``, with
     every weight loaded where the rules put it.
 
+    Layers and experts that the checkpoint stores quantised (fp8 blocks, mxfp4, GPTQ, AWQ, compressed-tensors of 4 bits)
+    become ``StoredLinear`` and ``StoredExperts``, which run on the stored bits; no other package is needed for that.
     Experts that a kernel packs exist only packed where ``state_dict()`` can still return them (``release_host="exact"``
     unless given).
 
     dtype: as transformers takes it. model_class: AutoModelForCausalLM unless given. options: as for ``ktfx.compile``.
-    Before a byte is read: WeightError for a directory without weights or with a truncated file, PlacementError for a
-    device too small.
+    Before a byte is read: WeightError for a directory without weights or with a truncated file, and for a quantised
+    checkpoint that ktfx does not read; PlacementError for a device too small.
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -65,8 +71,10 @@ def from_pretrained(
             mend="fetch the file again, or install a transformers that has this model",
         ) from error
     load_ops()
+    chosen_dtype = _dtype(dtype, config)
     with torch.device("meta"):
-        skeleton = cls.from_config(config, dtype=_dtype(dtype, config)).eval()
+        skeleton = cls.from_config(config, dtype=chosen_dtype).eval()
+    stored = stored_load(skeleton, config, directory, chosen_dtype)
     chosen = parsed.rules if parsed.rules is not None else default_rules(skeleton)
     ruleset = load_ruleset(chosen)
     resolution = resolve(ruleset, skeleton)
@@ -74,7 +82,10 @@ def from_pretrained(
     logical = torch.device("cpu")
     logical_name = name_of_logical(ruleset, logical)
     check_budget(skeleton, resolution, devices, parsed.memory, logical_name)
-    model = _load(cls, directory, dtype, resolution, devices, skeleton)
+    loader = stored.load if stored is not None else partial(cls.from_pretrained, directory, dtype=dtype)
+    model = _load(loader, resolution, devices, skeleton)
+    if stored is not None:
+        stored.finish(model, _places(resolution, devices, skeleton))
     _place_parameters(model, resolution, devices, logical_name, logical)
     return compile(model, chosen, **compile_options, **options)
 
@@ -146,16 +157,21 @@ def _dtype(dtype: torch.dtype | str, config: Any) -> torch.dtype:
     return found
 
 
-def _load(
-    cls: Any, directory: Path, dtype: Any, resolution: Resolution, devices: DeviceMap, skeleton: nn.Module
-) -> nn.Module:
+def _places(resolution: Resolution, devices: DeviceMap, skeleton: nn.Module) -> dict[str, torch.device]:
+    """Where each module's weights are to be loaded."""
     places = {path: devices[p.at("generate").device] for path, p in resolution.placements.items()}
-    real = {str(d) for d in places.values()}
-    if real == {"cpu"}:
-        return cls.from_pretrained(directory, dtype=dtype).eval()
     for path, placement in resolution.placements.items():
         if only_packed(skeleton.get_submodule(path), placement):
             places[path] = torch.device("cpu")  # packed from there
+    return places
+
+
+def _load(
+    loader: Callable[..., nn.Module], resolution: Resolution, devices: DeviceMap, skeleton: nn.Module
+) -> nn.Module:
+    places = _places(resolution, devices, skeleton)
+    if {str(devices[p.at("generate").device]) for p in resolution.placements.values()} == {"cpu"}:
+        return loader().eval()
     try:
         import accelerate  # noqa: F401
     except ImportError:
@@ -169,7 +185,7 @@ def _load(
         for path, device in places.items()
         if path and not any(other.startswith(path + ".") for other in places)
     }
-    model = cls.from_pretrained(directory, dtype=dtype, device_map={**_own_parameters(resolution, places), **leaves})
+    model = loader(device_map={**_own_parameters(resolution, places), **leaves})
     from accelerate.hooks import remove_hook_from_module
 
     remove_hook_from_module(model, recurse=True)

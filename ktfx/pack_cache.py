@@ -48,7 +48,7 @@ class PackCache:
         """What ``request.pack`` would return, from the directory where it holds that."""
         if not isinstance(request, PackedRequest) or request.kernel != "cpu" or device.type != "cpu":
             return request.pack(tensors, device)
-        metas = experts_kernel(request.kernel).packed_meta(request.spec, tensors["down"].dtype)
+        metas = experts_kernel(request.kernel).packed_meta(request.spec, request.dtype_of(tensors))
         told = header_of(request, tensors)
         path = cache_path(self.directory, told)
         found = load_packed(path, request, told, metas)

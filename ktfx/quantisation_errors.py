@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from ktfx.experts_requests import kernel_of, request_for, requested_spec
-from ktfx.formats import dequantize, from_fp8_blocks
+from ktfx.formats import dequantize, format_name, from_tensors, parse_format
 from ktfx.linear_rules import linear_choice, read_as_they_are
 from ktfx.ops.experts import experts_kernel, experts_kernel_names
 from ktfx.ops.experts_layout import experts_layout
@@ -17,6 +17,8 @@ from ktfx.ops.linear import linear_kernel, linear_kernel_names
 from ktfx.placed_tensor import physical_of
 from ktfx.released_tensor import ReleasedTensor
 from ktfx.resolve import PHASES, Resolution
+from ktfx.stored_linears import stored_weight_of
+from ktfx.stored_weights import SCALES, ZEROS
 from ktfx.weight_requests import LINEAR, LinearRequest, PackedRequest, WeightRequest
 from ktfx.weights import WeightStore
 
@@ -74,17 +76,16 @@ def _planned(model: nn.Module, resolution: Resolution, path: str) -> list[Weight
         request: WeightRequest | None = None
         if choice is not None:
             if choice.kernel in linear_kernel_names() and read_as_they_are(choice, module) is None:
-                parts = [("weight", f"{path}.weight")]
-                if "weight_scale_inv" in module._parameters:
-                    parts.append(("scale_inv", f"{path}.weight_scale_inv"))
+                stored = stored_weight_of(module)
+                names = {"weight": "weight"} if stored is None else stored.parts
+                parts = tuple((part, f"{path}.{name}") for part, name in names.items())
                 if linear_kernel(choice.kernel).unsupported(choice.spec, choice.dtype, CPU) is None:
-                    request = LinearRequest(f"{LINEAR}{choice.kernel}", choice.spec, tuple(parts))
+                    request = LinearRequest(f"{LINEAR}{choice.kernel}", choice.spec, parts)
         elif kernel in experts_kernel_names():
             layout = experts_layout(module)
             if not isinstance(layout, str) and kernel is not None:
                 spec = requested_spec(layout, placement, phase)
-                dtype = module.get_parameter(layout.parameters["down"]).dtype
-                if experts_kernel(kernel).unsupported(spec, dtype, CPU) is None:
+                if experts_kernel(kernel).unsupported(spec, layout.dtype, CPU) is None:
                     request = request_for(path, layout, kernel, spec)
         if request is not None and not _keeps_all(request):
             found[request] = None
@@ -100,31 +101,38 @@ def _errors(
     request: WeightRequest, packed: Sequence[torch.Tensor], own: Mapping[str, torch.Tensor], device: str
 ) -> Iterator[QuantisationError]:
     for part, name in request.parts:
-        if part.endswith("_bias") or part == "scale_inv":
+        if part.endswith(("_bias", SCALES, ZEROS)):
             continue
         error = None
         if own and isinstance(request, PackedRequest):
-            error = _of_experts(request, packed, part, own[part])
+            error = _of_experts(request, packed, part, own)
         elif own and isinstance(request, LinearRequest):
             error = _of_linear(request, packed, own)
         yield QuantisationError(name.rpartition(".")[0], name, request.format, error, device)
 
 
 def _of_linear(request: LinearRequest, packed: Sequence[torch.Tensor], own: Mapping[str, torch.Tensor]) -> float:
-    weight = own["weight"]
-    if "scale_inv" in own:
-        weight = dequantize(from_fp8_blocks(weight, own["scale_inv"]))
+    stored = request.stored(own)
+    weight = own["weight"] if stored is None else dequantize(stored)
     kept = linear_kernel(request.kernel.removeprefix(LINEAR)).dequantised(request.spec, packed)
     wrong, total = _squares(weight, kept)
     return (wrong / total) ** 0.5 if total else 0.0
 
 
-def _of_experts(request: PackedRequest, packed: Sequence[torch.Tensor], part: str, own: torch.Tensor) -> float:
+def _of_experts(
+    request: PackedRequest, packed: Sequence[torch.Tensor], part: str, own: Mapping[str, torch.Tensor]
+) -> float:
     """One expert after another: a layer's experts in float32 may be more than the host holds."""
     wrong = total = 0.0
+    name, stored = "", request.stored(part, own)
+    if stored is not None:
+        name = format_name(parse_format(stored.format)[0], stored.group)
     for e in range(request.spec.num_experts):
         kept = request.unpacked(packed, part, range(e, e + 1))[0]
-        one, all_ = _squares(own[e], kept)
+        exact = own[part][e]
+        if stored is not None:
+            exact = dequantize(from_tensors(name, stored.shape[1:], [t[e] for t in stored.tensors()]))
+        one, all_ = _squares(exact, kept)
         wrong, total = wrong + one, total + all_
     return (wrong / total) ** 0.5 if total else 0.0
 

@@ -137,7 +137,9 @@ def _grouped_int4(
     """Codes 0…15 to int4 where every zero is 8, else int4zp; large groups become several with one scale."""
     N, K = codes_NK.shape
     whole_rows = scales_NG.shape[1] == 1
-    size = next((g for g in GROUPS if group % g == 0 or whole_rows), None)
+    size = next((g for g in GROUPS if group == g or (group % g == 0 and not whole_rows)), None)
+    if size is None and whole_rows:
+        size = GROUPS[0]
     if size is None:
         raise WeightError(
             f"the checkpoint's groups have {group} inputs",

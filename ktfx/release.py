@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import warnings
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,6 +25,7 @@ from ktfx.progress import report as report_progress
 from ktfx.released_tensor import ReleasedTensor, TensorSource
 from ktfx.resolve import Resolution
 from ktfx.state import ModelState
+from ktfx.stored_checkpoint import StoredOrigin, StoredReader
 from ktfx.text import human_bytes
 from ktfx.weight_requests import PackedRequest
 from ktfx.weights import WeightStore
@@ -46,6 +47,9 @@ def release_host_copies(model: nn.Module, state: ModelState, mode: bool | str = 
     released += place_module_tensors(model, state.resolution, state.devices, state.logical_name, logical)
     state.store.reindex()
     return released
+
+
+Readers = Mapping[str, ExpertsReader | StoredReader]
 
 
 # --- packed experts --------------------------------------------------------------------------------------------------
@@ -74,7 +78,7 @@ class PackedSource(TensorSource):
 class CheckpointSource(TensorSource):
     """A parameter read again from the files it came from."""
 
-    reader: ExpertsReader
+    reader: ExpertsReader | StoredReader
 
     def read(self) -> torch.Tensor:
         return self.reader.read(range(self.reader.shape[0]))
@@ -94,8 +98,8 @@ def _release_packed(model: nn.Module, state: ModelState, mode: bool | str, logic
         if any(isinstance(p, ReleasedTensor) or owners[id(p)] > 1 for p in own.values()):
             continue  # done already, or tied to another module
         exact = next((r for r in experts.requests if r[0].spec.weights == "model"), None)
-        readers = None if exact else _readers(checkpoint, experts, own)
-        if exact is None and readers is None and mode != "lossy":
+        readers = None if exact else _readers(model, checkpoint, experts, own)
+        if exact is None and readers is None and (mode != "lossy" or experts.layout.stored):
             if mode is True:
                 raise _cannot_give_back(experts)
             kept[experts.path] = sum(_bytes(p) for p in own.values())
@@ -136,9 +140,16 @@ def _bytes(tensor: torch.Tensor) -> int:
 
 
 def _readers(
-    checkpoint: Checkpoint | None, experts: PlacedExperts, own: dict[str, torch.Tensor]
-) -> dict[str, ExpertsReader] | None:
+    model: nn.Module, checkpoint: Checkpoint | None, experts: PlacedExperts, own: dict[str, torch.Tensor]
+) -> Readers | None:
+    """Where each parameter's numbers can be read again; None unless that holds for all of them."""
     spec, found = experts.layout.spec, {}
+    origin = getattr(model.get_submodule(experts.path), "origin", None)
+    if isinstance(origin, StoredOrigin):
+        leaves = experts.layout.parameters
+        return {part: StoredReader(origin, leaves[part], tuple(tensor.shape)) for part, tensor in own.items()}
+    if experts.layout.stored:
+        return None
     for part, tensor in own.items():
         name = f"{experts.path}.{experts.layout.parameters[part]}"
         plain = not spec.transposed and not spec.interleaved and spec.gate != "none"
@@ -153,7 +164,7 @@ def _sources(
     store: WeightStore,
     request: PackedRequest,
     device: str,
-    readers: dict[str, ExpertsReader] | None,
+    readers: Readers | None,
     own: dict[str, torch.Tensor],
     mode: bool | str,
 ) -> dict[str, TensorSource] | None:
@@ -194,6 +205,13 @@ def _replace(
 
 def _cannot_give_back(experts: PlacedExperts) -> WeightError:
     request = experts.requests[0][0]
+    if experts.layout.stored:
+        return WeightError(
+            f"its weights are stored quantised ({experts.layout.spec.weights}), and where they came from is not known",
+            module=experts.path,
+            expected="a model that ktfx.from_pretrained loaded, whose experts can be read from their files again",
+            mend="load it with ktfx.from_pretrained; or release_host='exact' to keep such weights",
+        )
     return WeightError(
         f"its weights are packed as {request.spec.weights}, which rounds, so state_dict() could not return them",
         module=experts.path,

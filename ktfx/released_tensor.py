@@ -80,6 +80,16 @@ class ReleasedTensor(PlacedTensor):
             return self.shell.new_empty_strided(self.shape, self.stride(), device=self.device)
         return self.source.read().to(self.device)
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> torch.Tensor:
+        """A plain parameter: a copy of a compiled model is a plain model."""
+        if id(self) not in memo:
+            memo[id(self)] = torch.nn.Parameter(self.fetch(), requires_grad=False)
+        found: torch.Tensor = memo[id(self)]
+        return found
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return torch.nn.Parameter(self.fetch(), requires_grad=False).__reduce_ex__(protocol)
+
     def __tensor_flatten__(self) -> tuple[list[str], Any]:
         return ["shell"], (self.source, self.device_name, self.device)
 

@@ -237,7 +237,7 @@ def rule_matches(rule: Rule, facts: ModuleFacts) -> bool:
         return False
     if match.name is not None and not name_matches(match.name, facts):
         return False
-    kind: Any = type(facts.module)
+    kind: Any = getattr(facts.module, "stands_for", None) or type(facts.module)
     if match.cls is not None and not class_matches(match.cls, kind, facts.role):
         return False
     where = match.where

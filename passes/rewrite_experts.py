@@ -70,8 +70,7 @@ class RewriteExperts(Pass):
         kernel = experts_kernel(kernel_name)
         spec = requested_spec(layout, placement, context.phase)
         device = context.devices[placement.at(context.phase).device]
-        dtype = getattr(module, layout.parameters["down"]).dtype
-        reason = kernel.unsupported(spec, dtype, device)
+        reason = kernel.unsupported(spec, layout.dtype, device)
         if reason is not None:
             return self._cannot(context, placement, f"experts.{kernel_name} cannot take it: {reason}")
         region = find_region(nodes, spec, context)
@@ -79,7 +78,7 @@ class RewriteExperts(Pass):
             return self._cannot(context, placement, region)
         if not context.allows(f"rewrite_experts → experts.{kernel_name}", path):
             return None
-        self._replace(gm, context, path, placement, kernel_name, spec, layout, region, dtype)
+        self._replace(gm, context, path, placement, kernel_name, spec, layout, region)
         return None
 
     @staticmethod
@@ -109,12 +108,11 @@ class RewriteExperts(Pass):
         spec: ExpertsSpec,
         layout: ExpertsLayout,
         region: Region,
-        dtype: torch.dtype,
     ) -> None:
         graph = gm.graph
         packed = _parameters(graph, context, path, kernel_name, spec, layout)
         if packed is None:
-            packed = _packed(graph, context, path, kernel_name, spec, layout, dtype)
+            packed = _packed(graph, context, path, kernel_name, spec, layout)
         before = tuple(op_name(n) for n in region.nodes)
         names_before = tuple(n.name for n in region.nodes)
         like = region.result
@@ -163,20 +161,14 @@ def _parameters(
 
 
 def _packed(
-    graph: fx.Graph,
-    context: PassContext,
-    path: str,
-    kernel: str,
-    spec: ExpertsSpec,
-    layout: ExpertsLayout,
-    dtype: torch.dtype,
+    graph: fx.Graph, context: PassContext, path: str, kernel: str, spec: ExpertsSpec, layout: ExpertsLayout
 ) -> list[fx.Node]:
     """New placeholders, one for each tensor that the kernel packs."""
     request = request_for(path, layout, kernel, spec)
     mode = fake_mode_of(graph)
     assert mode is not None
     packed = []
-    for index, meta in enumerate(experts_kernel(kernel).packed_meta(spec, dtype)):
+    for index, meta in enumerate(experts_kernel(kernel).packed_meta(spec, layout.dtype)):
         with mode:
             val = torch.empty(meta.shape, dtype=meta.dtype, device=context.captured.logical)
         node = insert_placeholder(graph, f"{path.replace('.', '_')}_packed_{index}", val)

@@ -11,17 +11,18 @@ from torch import fx, nn
 from ktfx.errors import PlacementError
 from ktfx.graph import GraphInput, fake_mode_of, info, insert_call, insert_placeholder, op_name, refresh_values
 from ktfx.linear_rules import LinearChoice, linear_choice, read_as_they_are, why_not
-from ktfx.ops import fp8_linear as fp8_linear  # registers the op that _STORED names
+from ktfx.ops import stored_linear as stored_linear  # registers the op that _STORED names
 from ktfx.ops.linear import linear_kernel
 from ktfx.pass_manager import Pass, PassContext, Rewrite, register_pass
 from ktfx.resolve import ModulePlacement
+from ktfx.stored_weights import SCALES, ZEROS
 from ktfx.weight_requests import LINEAR, LinearRequest
 from ktfx.weights import PackedWeight
 
 aten = torch.ops.aten
 linear_quant = torch.ops.ktfx.linear_quant.default
 
-_STORED = torch.ops.ktfx.fp8_linear.default
+_STORED = torch.ops.ktfx.stored_linear.default
 _PRODUCTS = (aten.mm.default, aten.matmul.default)
 _TRANSPOSES = (aten.t.default, aten.numpy_T.default, aten.transpose.int, aten.permute.default)
 
@@ -31,7 +32,8 @@ class Product:
     """x·Wᵀ (+ bias) as the graph has it.
 
     node: the call that gives the result. reader: the call that reads the weight: ``node``, or a transpose before it.
-    weight: the parameter's placeholder, (N, K). bias: (N,) or None. scale: the scales of a weight stored in fp8 blocks.
+    weight: the parameter's placeholder, (N, K). bias: (N,) or None. stored: of a weight that is stored quantised the
+    scales and, where it has them, the zero points; ``weight`` is then the values.
     """
 
     node: fx.Node
@@ -39,7 +41,7 @@ class Product:
     x: fx.Node
     weight: fx.Node
     bias: fx.Node | None
-    scale: fx.Node | None = None
+    stored: tuple[fx.Node, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -150,7 +152,8 @@ def _product(node: fx.Node) -> Product | None:
         bias = args[2] if len(args) > 2 else node.kwargs.get("bias")
         return _checked(node, node, args[0], args[1], bias)
     if node.target is _STORED:
-        return _checked(node, node, args[0], args[1], args[3], args[2])
+        x, weight, scales, zeros, bias = args[:5]
+        return _checked(node, node, x, weight, bias, tuple(n for n in (scales, zeros) if n is not None))
     bias = None
     if node.target is aten.addmm.default:
         if any(node.kwargs.get(scale, 1) != 1 for scale in ("alpha", "beta")):
@@ -164,12 +167,14 @@ def _product(node: fx.Node) -> Product | None:
     return _checked(node, turned, args[0], turned.args[0], bias)
 
 
-def _checked(node: fx.Node, reader: fx.Node, x: Any, weight: Any, bias: Any, scale: Any = None) -> Product | None:
+def _checked(
+    node: fx.Node, reader: fx.Node, x: Any, weight: Any, bias: Any, stored: tuple[Any, ...] = ()
+) -> Product | None:
     if not isinstance(x, fx.Node) or not isinstance(weight, fx.Node) or weight.op != "placeholder":
         return None
     if weight.meta["val"].dim() != 2 or (bias is not None and bias.meta["val"].dim() != 1):
         return None
-    return Product(node, reader, x, weight, bias, scale)
+    return Product(node, reader, x, weight, bias, stored)
 
 
 def _turns(node: fx.Node) -> bool:
@@ -225,7 +230,7 @@ def _replace(
     """Put the call in the product's place; returns the first node that it reads its weight from."""
     choice, like = layer.choice, product.node
     if read_as_they_are(choice, layer.module) is not None:
-        weights = [n for n in (product.weight, product.scale) if n is not None]
+        weights = [product.weight, *product.stored]
     else:
         weights = _packed(graph, context, layer, product, packed)
     with graph.inserting_before(like):
@@ -260,23 +265,23 @@ def _packed(
 ) -> list[fx.Node]:
     """Graph inputs for the weight in the kernel's layout, made once a request and device."""
     choice, device = layer.choice, layer.placement.at(context.phase).device
-    names = {"weight": product.weight, "scale_inv": product.scale}
-    parts = tuple((part, context.captured.inputs[n.name].name) for part, n in names.items() if n is not None)
+    nodes = zip(("weight", SCALES, ZEROS), (product.weight, *product.stored), strict=False)
+    parts = tuple((part, context.captured.inputs[n.name].name) for part, n in nodes)
     request = LinearRequest(f"{LINEAR}{choice.kernel}", choice.spec, parts)
     if (request, device) in packed:
         return packed[request, device]
     mode = fake_mode_of(graph)
     assert mode is not None
-    nodes = []
+    made = []
     for index, meta in enumerate(linear_kernel(choice.kernel).packed_meta(choice.spec, choice.dtype)):
         with mode:
             val = torch.empty(meta.shape, dtype=meta.dtype, device=context.captured.logical)
         node = insert_placeholder(graph, f"{layer.path.replace('.', '_')}_packed_{index}", val)
         context.packed[node.name] = PackedWeight(request, index)
         context.captured.inputs[node.name] = GraphInput("packed", f"{layer.path}[{index}]", -1, home=device)
-        nodes.append(node)
-    packed[request, device] = nodes
-    return nodes
+        made.append(node)
+    packed[request, device] = made
+    return made
 
 
 def _note_other_readers(context: PassContext, done: list[tuple[Product, fx.Node]]) -> None:

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import copy
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from families import tiny_model
 from parity import DEVICES, cache_tensors, check_parity, compare, run_steps, static_cache
+from quantised_files import gptq, write
 from torch import nn
 
 import ktfx
 import ktfx.ops.mla
 from ktfx.errors import KtfxError
+from ktfx.formats import dequantize, quantize
 from ktfx.verify import relative_error
 
 GPU: dict[str, Any] = {"ktfx": 1, "devices": DEVICES, "default_device": "gpu0", "rules": []}
@@ -126,17 +130,49 @@ def test_bfloat16_is_no_further_from_the_truth_than_eager() -> None:
     assert error(ours) <= 1.5 * error(eager)
 
 
-def test_a_projection_in_another_format_says_why_it_stays() -> None:
+@pytest.mark.parametrize("op", [pytest.param("linear.aten", marks=pytest.mark.slow), "linear.triton"])
+def test_a_projection_that_a_rule_rounds_is_dequantised_once(op: str) -> None:
     model = tiny_model("deepseek_v3", layers=1, kv_lora_rank=32)
-    rule = {"match": {"name": "kv_b_proj$"}, "replace": {"op": "linear.aten", "weights": "int8"}}
-    compiled(model, {**GPU, "rules": [rule]})
+    rounded = copy.deepcopy(model)
+    with torch.no_grad():
+        weight = rounded.model.layers[0].self_attn.kv_b_proj.weight  # type: ignore[union-attr]
+        weight.copy_(dequantize(quantize(weight, "int8", search=True)))
+    expected = run_steps(rounded, prompt()[0], 3, static_cache(rounded, 12))
+    rule = {"match": {"name": "kv_b_proj$"}, "replace": {"op": op, "weights": "int8"}}
+    compiled(model, {**GPU, "rules": [rule]}, verify=True)
+    compare(run_steps(model, prompt()[0], 3, static_cache(model, 12), forced=expected.tokens), expected, 1e-4)
+    record = record_of(model)
+    assert len(record.rewrites) == 1 and not record.misses and record.ops_after[MLA] == 1
+    assert record.ops_before["ktfx.linear_quant.default"] == 1 and not record.ops_after["ktfx.linear_quant.default"]
+    held = {e.format: e for e in ktfx.state_of(model).store.entries() if e.request is not None}
+    assert torch.equal(held["dequantised.float32:int8"].tensors[0], weight)
+    assert "dequantised.float32:int8" not in {e.format for e in ktfx.state_of(model).quantisation_errors()}
+
+
+@pytest.mark.parametrize("op", [None, pytest.param("linear.triton", marks=pytest.mark.slow)])
+def test_a_projection_that_the_checkpoint_rounded(tmp_path: Path, op: str | None) -> None:
+    sizes = {"hidden_size": 64, "q_lora_rank": 64, "kv_lora_rank": 64, "moe_intermediate_size": 64}
+    plain = write(tmp_path, gptq(), "deepseek_v3", **sizes, v_head_dim=16, first_k_dense_replace=0)
+    expected = run_steps(plain, prompt()[0], 3, static_cache(plain, 12))
+    torch._dynamo.reset()
+    rules = [{"match": {"name": "kv_b_proj$"}, "replace": {"op": op}}] if op else []
+    model = ktfx.from_pretrained(tmp_path, {**GPU, "rules": rules}, simulate="cpu", partition_backend="eager")
+    compare(run_steps(model, prompt()[0], 3, static_cache(model, 12), forced=expected.tokens), expected, 1e-4)
+    record = record_of(model)
+    assert len(record.rewrites) == 1 and not record.misses
+    formats = {e.format for e in ktfx.state_of(model).store.entries() if e.request is not None}
+    assert formats == {"dequantised.float32:int4zp-g32"}
+
+
+def test_a_projection_that_sorts_its_inputs_says_why_it_stays(tmp_path: Path) -> None:
+    sizes = {"hidden_size": 64, "q_lora_rank": 64, "kv_lora_rank": 64, "moe_intermediate_size": 64}
+    write(tmp_path, gptq(act_order=True), "deepseek_v3", **sizes, v_head_dim=16, first_k_dense_replace=0)
+    torch._dynamo.reset()
+    model = ktfx.from_pretrained(tmp_path, GPU, simulate="cpu", partition_backend="eager")
     run_steps(model, prompt()[0], 1, static_cache(model, 12))
     record = record_of(model)
     assert not record.rewrites
-    assert [m.why for m in record.misses] == [
-        "absorb_mla: its latents are expanded by ktfx.linear_quant.default; only a weight in the model's own format "
-        "can be absorbed"
-    ]
+    assert [m.why for m in record.misses] == ["absorb_mla: its projection sorts its inputs (act-order)"]
 
 
 def test_a_projection_on_another_device_says_why_it_stays() -> None:

@@ -107,6 +107,55 @@ def test_packing_is_that_of_formats_bit_for_bit(weights, transposed, interleaved
                 assert torch.equal(got[name], dequantize(quantize(plain[name], weights)))
 
 
+def awkward(shape, dtype, seed):
+    """Rows of every size, groups of zeros, ties between codes of every format, and values just below powers of two."""
+    g = torch.Generator().manual_seed(seed)
+    lead, K = shape[:-1], shape[-1]
+    w = torch.randn(shape, generator=g)
+    span = (-24, 14) if dtype == torch.float16 else (-140, 110)
+    kind = torch.randint(0, 5, (*lead, 1), generator=g)
+    powers = 2.0 ** torch.randint(*span, (*lead, 1), generator=g).float()
+    halves = torch.randint(-30, 30, shape, generator=g) * 0.5
+    top = torch.tensor([127.0, 7.0, 448.0, 6.0, 15.0])[torch.randint(0, 5, (*lead, 1), generator=g)]
+    ties = halves.clamp(-1, 1) * top + halves * (halves.abs() < top)
+    below = (
+        torch.where(w > 0, 1.0, -1.0)
+        * (1 - torch.finfo(dtype).eps / 2)
+        * 2.0 ** torch.randint(-3, 3, (*lead, 1), generator=g)
+    )
+    w = torch.where(kind == 0, w * powers, torch.where(kind == 1, ties, torch.where(kind == 2, below, w)))
+    w[..., : K // 3] *= torch.randint(0, 2, (*lead, 1), generator=g)
+    return torch.where(w == 0, torch.where(halves > 0, 0.0, -0.0), w).to(dtype)
+
+
+@pytest.mark.parametrize("weights", FORMATS)
+def test_packing_of_awkward_values_is_that_of_formats_bit_for_bit(weights):
+    # 200 rows of gate: blocks of 128 begin in gate and end in up, and the last tile has eight rows.
+    spec = ExpertsSpec(2, 150, 200, weights=weights)
+    for seed, dtype in enumerate(DTYPES):
+        tensors = {name: awkward(t.shape, dtype, seed) for name, t in model_tensors(spec, dtype).items()}
+        for isa in native.isas():
+            native.set_isa(isa)
+            got = native.dequantised(spec, native.pack(spec, tensors))
+            for name in ("gate_up", "down"):
+                want = dequantize(quantize(tensors[name], weights))
+                assert torch.equal(got[name], want), f"{isa} {dtype} {name}"
+
+
+@pytest.mark.parametrize("weights", FORMATS[1:])
+@pytest.mark.parametrize("where", [(0, 0, 0), (1, 399, 149), (1, 210, 64)])
+def test_packing_finds_every_value_that_is_not_finite(weights, where):
+    spec = ExpertsSpec(2, 150, 200, weights=weights)
+    for dtype in DTYPES:
+        for value in (float("nan"), float("inf"), -float("inf")):
+            tensors = model_tensors(spec, dtype)
+            tensors["gate_up"][where] = value
+            for isa in native.isas():
+                native.set_isa(isa)
+                with pytest.raises(WeightError, match=f"expert {where[0]} holds NaN or inf"):
+                    native.pack(spec, tensors)
+
+
 @pytest.mark.parametrize("weights", FORMATS[1:])
 def test_weights_that_are_quantised_already_are_taken_as_they_are(weights):
     spec = ExpertsSpec(3, 160, 50, weights=weights)
@@ -411,7 +460,7 @@ def test_how_far_ahead_weights_are_fetched_changes_nothing(weights):
             assert torch.equal(native.forward(spec, x, ids, routing, packed), want)
     finally:
         native.lib().ktfx_set_ahead(0)
-    assert native.lib().ktfx_ahead() == 1024
+    assert native.lib().ktfx_ahead() == 0
 
 
 def test_packed_weights_are_freed_with_their_last_owner():

@@ -12,8 +12,9 @@ from families import tiny_model
 from torch import nn
 
 import ktfx
+from ktfx.adopt import adopt, give_up
 from ktfx.formats import dequantize, from_fp8_blocks, quantize
-from ktfx.stored_linears import adopt, give_up, stored_format
+from ktfx.stored_linears import stored_format
 
 FP8Linear = pytest.importorskip("transformers.integrations.finegrained_fp8").FP8Linear
 EAGER: dict[str, Any] = {"simulate": "cpu", "partition_backend": "eager"}
@@ -69,7 +70,7 @@ def test_runs_on_the_stored_bits(op: str | None) -> None:
     state = ktfx.state_of(model)
     ops = state.graphs[0].records[-1].ops_after
     quantised = op in ("linear.triton", "linear.cpu")
-    assert ops["ktfx.linear_quant.default" if quantised else "ktfx.fp8_linear.default"] == 14
+    assert ops["ktfx.linear_quant.default" if quantised else "ktfx.stored_linear.default"] == 14
     packed = [e for e in state.store.entries() if e.request is not None]
     if op == "linear.triton":
         assert not packed, "the kernel reads the stored tensors themselves"

@@ -182,8 +182,11 @@ def _as_json(found: Explanation) -> dict[str, Any]:
 
 def _warnings(found: Explanation) -> list[str]:
     """The resolution's, and what the bytes do not say."""
+    from ktfx.stored_experts import StoredExperts
+    from ktfx.stored_linears import StoredLinear
+
     stored = getattr(getattr(found.model, "config", None), "quantization_config", None)
-    if stored is None:
+    if stored is None or any(isinstance(m, StoredLinear | StoredExperts) for m in found.model.modules()):
         return list(found.resolution.warnings)
     method = stored.get("quant_method") if isinstance(stored, dict) else getattr(stored, "quant_method", None)
     note = f"the checkpoint is stored quantised ({method}); bytes are counted for {', '.join(_dtypes(found.model))}"

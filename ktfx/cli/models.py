@@ -111,14 +111,19 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def meta_model(source: ModelSource) -> PreTrainedModel:
-    """The model on the meta device: all modules, no weights."""
+    """The model on the meta device: all modules, no weights; quantised where the directory's own weights are."""
     import torch
     from transformers import AutoModelForCausalLM
+
+    from ktfx.stored_loading import stored_load
 
     config = load_config(source)
     try:
         with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(config).eval()
+            model = AutoModelForCausalLM.from_config(config).eval()
+        if source.folder is not None and any(source.folder.glob("*.safetensors")):
+            stored_load(model, config, source.folder, model.dtype)
+        return model
     except (ValueError, TypeError, AttributeError, ZeroDivisionError, RuntimeError, KeyError) as error:
         raise WeightError(
             f"transformers makes no language model of this {config.model_type} configuration: {_first_line(error)}",
@@ -128,11 +133,20 @@ def meta_model(source: ModelSource) -> PreTrainedModel:
 
 def load_model(source: ModelSource) -> PreTrainedModel:
     """The model with its weights, on the cpu and in the dtype of its configuration. WeightError if any is missing."""
+    import torch
     from transformers import AutoModelForCausalLM
+
+    from ktfx.stored_loading import stored_load
 
     folder = _folder(source)
     check_weights(folder)
     config = load_config(source)
+    if getattr(config, "quantization_config", None) is not None:
+        with torch.device("meta"):
+            skeleton = AutoModelForCausalLM.from_config(config).eval()
+        stored = stored_load(skeleton, config, folder, skeleton.dtype)
+        assert stored is not None
+        return stored.finish(stored.load(), {}).eval()  # type: ignore[return-value]
     try:
         model, loading = AutoModelForCausalLM.from_pretrained(
             folder, config=config, local_files_only=True, output_loading_info=True

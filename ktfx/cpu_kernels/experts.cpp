@@ -44,11 +44,15 @@ std::atomic<int>& amx_rows() {
 std::atomic<int>& ahead_setting() {
   static std::atomic<int> bytes{[] {
     const char* text = getenv("KTFX_CPU_AHEAD");
-    return text && atoi(text) > 0 ? atoi(text) : kAhead;
+    return text && atoi(text) > 0 ? atoi(text) : 0;
   }()};
   return bytes;
 }
-int ahead_bytes() { return ahead_setting().load(std::memory_order_relaxed); }
+// Integer weights need fewer bytes for the same inputs, and more instructions for the same bytes.
+int ahead_bytes(int format) {
+  const int set = ahead_setting().load(std::memory_order_relaxed);
+  return set ? set : format >= KTFX_FMT_INT8 ? 2 * kAhead : kAhead;
+}
 
 // Where the time of calls goes, for measurements: ktfx_profile.
 struct Profile {
@@ -205,7 +209,8 @@ void multiply_rows(const Run& r, const ktfx_matrix& m, const PanelKind& kind, co
                    const uint8_t* next, const RowBlock& b, const Rows& in, int k, int end, float* c) {
   const KernelTable& kt = *r.kernels;
   if (!panel) {
-    const TileArgs a{tile, &m, in.q, in.dx, in.sx, c, k, end, kind.block, k == 0, next, ahead_bytes()};
+    const TileArgs a{tile, &m, in.q, in.dx, in.sx, c, k, end, kind.block, k == 0, next,
+                     ahead_bytes(m.format)};
     tile_kernel(r, m, kind.panel, b.rows)(&a);
   } else if (kind.panel == kPanelF32) {
     const float* x = (const float*)in.q + (int64_t)k * b.rows;  // the panel begins at input 0
@@ -745,8 +750,8 @@ void ktfx_profile(int32_t on, double* sums) {
   all.on = on != 0;
 }
 
-int32_t ktfx_ahead(void) { return ktfx::ahead_bytes(); }
-void ktfx_set_ahead(int32_t bytes) { ktfx::ahead_setting() = bytes > 0 ? bytes : ktfx::kAhead; }
+int32_t ktfx_ahead(void) { return ktfx::ahead_setting(); }
+void ktfx_set_ahead(int32_t bytes) { ktfx::ahead_setting() = bytes > 0 ? bytes : 0; }
 int32_t ktfx_threads(void) { return ktfx::pool()->threads(); }
 int32_t ktfx_shares(void) { return ktfx::pool()->shares(); }
 

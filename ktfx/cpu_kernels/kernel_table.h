@@ -72,10 +72,15 @@ struct KernelTable {
   void (*interleave)(const float* const* rows, int mr, int64_t n, float* out);
   // 16 rows of n words to [n][16].
   void (*transpose)(const uint32_t* const* rows, int64_t n, uint32_t* out);
-  // One row of Kp floats to the words that transpose takes, with its scales and zeros, rounded as ktfx/formats.py does.
-  // FP8 reads its scales (one per 128) from scale_in. false: the row holds NaN or inf.
-  bool (*encode)(const ktfx_matrix* m, const float* x, const float* scale_in, uint32_t* words, void* scales,
-                 uint8_t* zeros);
+  // Inputs [k0, k1) of a tile, rounded as ktfx/formats.py does, with their scales and zeros. x: the source's rows as
+  // `transpose` leaves them, from k0 on, a multiple of 128. INT8 and FP8 take their scales from scale_in, [groups][16].
+  // ahead: 16 rows whose next k1 - k0 inputs are fetched meanwhile, or null. false: some value is NaN or inf (INT8 and
+  // FP8: their scales would say so).
+  bool (*encode)(const ktfx_matrix* m, int dtype, const void* x, int32_t k0, int32_t k1, const float* scale_in,
+                 const char* const* ahead, uint8_t* tile);
+  // One row of n inputs: raises some of peaks[k / group][16] to the bits of the largest magnitude, a 16-bit float's in
+  // the upper half.
+  void (*row_peaks)(const void* row, int dtype, int64_t n, int64_t group, int32_t* peaks);
   double (*sum)(const uint8_t* data, int64_t bytes);  // reads every byte
   double (*fma)(int64_t rounds);                      // returns the float operations done
 };

@@ -80,8 +80,8 @@ const char* ktfx_isas(void);             // comma-separated, those this machine 
 int32_t ktfx_set_isa(const char* name);  // 0, or KTFX_BAD_ARGUMENT where this machine cannot run it
 int32_t ktfx_amx_rows(void);             // rows of one expert from which AMX takes it (KTFX_CPU_AMX_ROWS)
 void ktfx_set_amx_rows(int32_t rows);    // for measurements; 0 is the default
-int32_t ktfx_ahead(void);                // bytes of weights fetched before they are read (KTFX_CPU_AHEAD)
-void ktfx_set_ahead(int32_t bytes);      // for measurements; 0 is the default
+int32_t ktfx_ahead(void);                // bytes of weights fetched before they are read (KTFX_CPU_AHEAD); 0: by format
+void ktfx_set_ahead(int32_t bytes);      // for measurements
 int32_t ktfx_threads(void);
 int32_t ktfx_set_threads(int32_t threads, int32_t shares);  // 0: what the machine has; waits for running calls
 int32_t ktfx_shares(void);

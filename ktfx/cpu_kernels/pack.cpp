@@ -18,6 +18,7 @@ namespace ktfx {
 namespace {
 
 constexpr int kTilesTask = 8;
+constexpr int32_t kEncodeInputs = 512;  // inputs transposed and rounded at a time, so that they stay in the nearest cache
 
 int dtype_bytes(int dtype) { return dtype == KTFX_F32 ? 4 : dtype == KTFX_E8M0 ? 1 : 2; }
 bool four_bits(int format) { return format >= KTFX_FMT_INT4; }
@@ -65,47 +66,86 @@ struct Packing {
   const ktfx_source* sources;
   uint8_t* out;
   const KernelTable* kernels;
-  int64_t tasks_expert;
-  std::vector<float> block_scales;  // FP8 from floats: [E][row blocks][K blocks]
-  std::atomic<int64_t> bad{-1};     // an expert that holds NaN or inf
+  int64_t tiles_task, tasks_expert;
+  std::atomic<int64_t> bad{-1};  // an expert that holds NaN or inf
 };
 
-// A row of the source as Kp floats; zeros past K.
-void read_row(const Packing& p, const ktfx_source& s, int64_t plain, float* out) {
-  const ktfx_matrix& m = *p.m;
-  const int e = dtype_bytes(s.dtype);
-  const char* from = (const char*)s.data + source_row(m, s, plain) * s.row_stride * e;
-  if (s.column_stride == 1) p.kernels->to_f32(from, s.dtype, out, m.K, 1.0f);
-  else
-    for (int64_t k = 0; k < m.K; ++k) p.kernels->to_f32(from + k * s.column_stride * e, s.dtype, out + k, 1, 1.0f);
-  std::fill(out + m.K, out + m.Kp, 0.0f);
+template <class T>
+void gather(const ktfx_matrix& m, const ktfx_source& s, const int64_t* plain, int n, uint32_t* const* out) {
+  const T* from[kTile];
+  for (int i = 0; i < n; ++i) from[i] = (const T*)s.data + source_row(m, s, plain[i]) * s.row_stride;
+  // Input by input: neighbouring rows of a transposed weight lie side by side.
+  for (int64_t k = 0; k < m.K; ++k)
+    for (int i = 0; i < n; ++i) ((T*)out[i])[k] = from[i][k * s.column_stride];
 }
 
-void scale_task(void* context, int, int64_t task, int) {
-  Packing& p = *(Packing*)context;
+// The source's n rows `plain`, zeros from K to Kp; where they lie as they are needed they are not copied to `buffers`.
+void read_rows(const Packing& p, const ktfx_source& s, const int64_t* plain, int n, uint32_t* const* buffers,
+               const uint32_t** rows) {
   const ktfx_matrix& m = *p.m;
-  const int64_t row_blocks = (m.N + kFp8Block - 1) / kFp8Block, column_blocks = groups_of(m);
-  const int64_t e = task / row_blocks, rb = task % row_blocks;
-  std::vector<float> row(m.Kp);
-  float* scales = p.block_scales.data() + task * column_blocks;
-  for (int64_t n = rb * kFp8Block; n < std::min<int64_t>(m.N, (rb + 1) * kFp8Block); ++n) {
-    read_row(p, p.sources[e], n, row.data());
-    for (int64_t k = 0; k < m.Kp; k += kFp8Block) {
-      // Magnitudes compare as their bits do, which the compiler turns into vectors.
-      int32_t top = 0;
-      const int64_t end = std::min<int64_t>(m.Kp, k + kFp8Block);
-      for (int64_t i = k; i < end; ++i) {
-        int32_t bits;
-        memcpy(&bits, &row[i], 4);
-        top = std::max(top, bits & 0x7fffffff);
-      }
-      float largest;
-      memcpy(&largest, &top, 4);
-      scales[k / kFp8Block] = std::max(scales[k / kFp8Block], largest);
-    }
+  const int e = dtype_bytes(s.dtype);
+  const bool straight = s.column_stride == 1 && m.K == m.Kp;
+  for (int i = 0; i < n; ++i) {
+    const char* from = (const char*)s.data + source_row(m, s, plain[i]) * s.row_stride * e;
+    rows[i] = straight ? (const uint32_t*)from : buffers[i];
+    if (straight) continue;
+    if (s.column_stride == 1) memcpy(buffers[i], from, m.K * e);
+    memset((char*)buffers[i] + m.K * e, 0, (m.Kp - m.K) * e);
   }
-  for (int64_t b = 0; b < column_blocks; ++b) scales[b] /= 448.0f;
+  if (s.column_stride == 1) return;
+  if (e == 2) gather<uint16_t>(m, s, plain, n, buffers);
+  else gather<uint32_t>(m, s, plain, n, buffers);
 }
+
+// Of what KernelTable::row_peaks leaves.
+float largest(const int32_t* peaks, int dtype) {
+  const int32_t bits = *std::max_element(peaks, peaks + kTile);
+  const uint16_t half = (uint16_t)(bits >> 16);
+  return dtype == KTFX_F16 ? load_float(&half, KTFX_F16) : load_float(&bits, KTFX_F32);
+}
+
+// FP8's scales of the blocks of 128 rows that some tiles touch. Tasks hold whole blocks where they can, so that their
+// rows are still in a cache when they are rounded.
+struct BlockScales {
+  std::vector<int64_t> blocks;
+  std::vector<float> scales;  // [blocks][K / 128]
+
+  bool fill(const Packing& p, const ktfx_source& s, int64_t first, int64_t last, int64_t stride,
+            uint32_t* const* buffers) {
+    const ktfx_matrix& m = *p.m;
+    const int64_t G = groups_of(m);
+    for (int64_t tile = first; tile < last; tile += stride)
+      for (int i = 0; i < kTile; ++i) {
+        const int64_t n = plain_row(m, tile, i), block = n / kFp8Block;
+        if (n < 0 || std::find(blocks.begin(), blocks.end(), block) != blocks.end()) continue;
+        blocks.push_back(block);
+      }
+    scales.resize(blocks.size() * G);
+    std::vector<int32_t> peaks(G * kTile);
+    for (size_t b = 0; b < blocks.size(); ++b) {
+      const int64_t end = std::min<int64_t>(m.N, (blocks[b] + 1) * kFp8Block);
+      std::fill(peaks.begin(), peaks.end(), 0);
+      for (int64_t n = blocks[b] * kFp8Block; n < end; n += kTile) {
+        int64_t plain[kTile];
+        const uint32_t* rows[kTile];
+        const int count = (int)std::min<int64_t>(kTile, end - n);
+        for (int i = 0; i < count; ++i) plain[i] = n + i;
+        read_rows(p, s, plain, count, buffers, rows);
+        for (int i = 0; i < count; ++i) p.kernels->row_peaks(rows[i], s.dtype, m.K, kFp8Block, peaks.data());
+      }
+      for (int64_t g = 0; g < G; ++g) {
+        const float peak = largest(peaks.data() + g * kTile, s.dtype);
+        if (!std::isfinite(peak)) return false;
+        scales[b * G + g] = peak / 448.0f;
+      }
+    }
+    return true;
+  }
+
+  const float* of(int64_t row, int64_t G) const {
+    return scales.data() + (std::find(blocks.begin(), blocks.end(), row / kFp8Block) - blocks.begin()) * G;
+  }
+};
 
 // The words of one row that is quantised already.
 void quantized_row(const Packing& p, const ktfx_source& s, int64_t plain, uint32_t* words, char* scales,
@@ -121,108 +161,168 @@ void quantized_row(const Packing& p, const ktfx_source& s, int64_t plain, uint32
         memcpy(scales + 4 * g, (const float*)s.scales + row / kFp8Block * G + g, 4);
     return;
   }
+  // A block's 16 bytes hold inputs 0 to 15 in their low halves, 16 to 31 in their high ones; a word holds four inputs
+  // low and the next four high.
   const uint8_t* from = (const uint8_t*)s.data + row * m.Kp / 2;
-  auto code = [&](int64_t k) {
-    const uint8_t byte = from[k / 32 * 16 + k % 16];
-    return (uint32_t)(k % 32 < 16 ? byte & 15 : byte >> 4);
-  };
-  for (int64_t w = 0; w < m.Kp / 8; ++w) {
-    uint32_t word = 0;
-    for (int j = 0; j < 4; ++j) word |= (code(8 * w + j) | code(8 * w + 4 + j) << 4) << (8 * j);
-    words[w] = word;
+  constexpr uint32_t low = 0x0f0f0f0fu;
+  for (int64_t w = 0; w < m.Kp / 8; w += 4, from += 16) {
+    uint32_t b[4];
+    memcpy(b, from, 16);
+    words[w] = (b[0] & low) | (b[1] & low) << 4;
+    words[w + 1] = (b[2] & low) | (b[3] & low) << 4;
+    words[w + 2] = (b[0] >> 4 & low) | (b[1] & ~low);
+    words[w + 3] = (b[2] >> 4 & low) | (b[3] & ~low);
   }
   const int e = dtype_bytes(m.scale_dtype);
   memcpy(scales, (const char*)s.scales + row * G * e, G * e);
   if (m.format == KTFX_FMT_INT4ZP) memcpy(zeros, (const uint8_t*)s.zeros + row * G, G);
 }
 
+// [i][g] elements of `bytes` bytes to [g][i].
+template <class T>
+void turn(const char* from, int64_t G, uint8_t* to) {
+  for (int64_t g = 0; g < G; ++g)
+    for (int i = 0; i < kTile; ++i) memcpy(to + (g * kTile + i) * sizeof(T), from + (i * G + g) * sizeof(T), sizeof(T));
+}
+
+// A task's memory: 16 rows of a tile and one of zeros, as words of the tile or as the source has them.
+struct TileRows {
+  std::vector<uint32_t> words;
+  uint32_t* rows[kTile + 1];
+  explicit TileRows(int64_t W) : words(W * (kTile + 1), 0u) {
+    for (int i = 0; i <= kTile; ++i) rows[i] = words.data() + i * W;
+  }
+};
+
+// A tile of a source that is quantised already.
+void pack_quantized(const Packing& p, const ktfx_source& s, int64_t tile, TileRows& own, uint8_t* out) {
+  const ktfx_matrix& m = *p.m;
+  const int64_t W = row_words(m), G = groups_of(m);
+  const int se = dtype_bytes(m.scale_dtype);
+  std::vector<char> scales(G * se * kTile);  // of rows past the end: zero
+  std::vector<uint8_t> zeros(m.format == KTFX_FMT_INT4ZP ? G * kTile : 0);
+  const uint32_t* rows[kTile];
+  for (int i = 0; i < kTile; ++i) {
+    const int64_t n = plain_row(m, tile, i);
+    rows[i] = own.rows[n < 0 ? kTile : i];
+    if (n >= 0) quantized_row(p, s, n, own.rows[i], scales.data() + i * G * se, zeros.data() + i * G);
+  }
+  p.kernels->transpose(rows, W, (uint32_t*)out);
+  if (se == 4) turn<uint32_t>(scales.data(), G, out + m.scale_offset);
+  else if (se == 2) turn<uint16_t>(scales.data(), G, out + m.scale_offset);
+  else turn<uint8_t>(scales.data(), G, out + m.scale_offset);
+  if (!zeros.empty()) turn<uint8_t>((const char*)zeros.data(), G, out + m.zero_offset);
+}
+
+// Halves lie input by input in their tiles: 16 of them, then the next 16.
+void separate_halves(uint8_t* tile, int64_t W) {
+  for (int64_t w = 0; w < W; ++w) {
+    uint32_t at[kTile];
+    uint16_t pair[2][kTile];
+    memcpy(at, tile + w * 64, 64);
+    for (int i = 0; i < kTile; ++i) {
+      pair[0][i] = (uint16_t)at[i];
+      pair[1][i] = (uint16_t)(at[i] >> 16);
+    }
+    memcpy(tile + w * 64, pair, 64);
+  }
+}
+
+// A tile whose values are rounded; rows past the n-th are zeros. then: the tile that comes next. scale_in: FP8's, and
+// room for INT8's. turned: room for transposed rows. false: it holds NaN or inf.
+bool pack_rounded(const Packing& p, const ktfx_source& s, const uint32_t* const* rows, int n, int64_t then,
+                  float* scale_in, std::vector<uint32_t>& turned, uint8_t* out) {
+  const ktfx_matrix& m = *p.m;
+  const int e = dtype_bytes(s.dtype);
+  if (m.format == KTFX_FMT_INT8)
+    for (int i = 0; i < kTile; ++i) {
+      int32_t peaks[kTile] = {};
+      if (i < n) p.kernels->row_peaks(rows[i], s.dtype, m.K, m.K, peaks);
+      scale_in[i] = largest(peaks, s.dtype) / 127.0f;
+      if (!std::isfinite(scale_in[i])) return false;
+    }
+  turned.resize((int64_t)kEncodeInputs * e / 4 * kTile);
+  // The next tile's rows come from memory while this one's are rounded, where they will be read as they lie.
+  const char* ahead[kTile];
+  bool fetch = s.column_stride == 1 && then < m.tiles && plain_row(m, then, kTile - 1) >= 0;
+  for (int i = 0; i < kTile && fetch; ++i)
+    ahead[i] = (const char*)s.data + source_row(m, s, plain_row(m, then, i)) * s.row_stride * e;
+  bool good = true;
+  for (int32_t k = 0; k < m.Kp; k += kEncodeInputs) {
+    const int32_t end = std::min(k + kEncodeInputs, m.Kp);
+    const uint32_t* at[kTile];
+    for (int i = 0; i < kTile; ++i) at[i] = (const uint32_t*)((const char*)rows[i] + (int64_t)k * e);
+    p.kernels->transpose(at, (int64_t)(end - k) * e / 4, turned.data());
+    good &= p.kernels->encode(&m, s.dtype, turned.data(), k, end, scale_in, fetch ? ahead : nullptr, out);
+    for (int i = 0; i < kTile && fetch; ++i) ahead[i] += (int64_t)(end - k) * e;
+  }
+  return good;
+}
+
+// Tiles first, first + stride, … below `last` of one expert. false: it holds NaN or inf.
+bool pack_tiles(const Packing& p, int64_t expert, int64_t first, int64_t last, int64_t stride) {
+  const ktfx_matrix& m = *p.m;
+  const ktfx_source& s = p.sources[expert];
+  const int64_t G = groups_of(m), count = (last - first + stride - 1) / stride;
+  const bool floats = m.format <= KTFX_FMT_F16, block_scaled = m.format == KTFX_FMT_FP8 && !s.quantized;
+  TileRows own(s.quantized && !floats ? row_words(m) : (int64_t)m.Kp * dtype_bytes(s.dtype) / 4);
+  std::vector<uint32_t> turned;
+  std::vector<float> scale_in(G * kTile);
+  BlockScales blocks;
+  if (block_scaled && !blocks.fill(p, s, first, last, stride, own.rows)) return false;
+  bool good = true;
+  for (int64_t j = 0; j < count; ++j) {
+    // What was read last for FP8's scales is still in a cache: begin with it. The tile that is fetched meanwhile is
+    // the next one, or one of the blocks whose scales come next.
+    const int64_t tile = first + (block_scaled ? count - 1 - j : j) * stride;
+    uint8_t* out = p.out + (expert * m.tiles + tile) * m.tile_bytes;
+    if (s.quantized && !floats) {
+      pack_quantized(p, s, tile, own, out);
+    } else {
+      const uint32_t* rows[kTile];
+      int64_t plain[kTile];
+      int n = 0;  // rows past the end are the last ones
+      while (n < kTile && (plain[n] = plain_row(m, tile, n)) >= 0) ++n;
+      read_rows(p, s, plain, n, own.rows, rows);
+      std::fill(rows + n, rows + kTile, own.rows[kTile]);
+      if (floats) {
+        p.kernels->transpose(rows, row_words(m), (uint32_t*)out);
+        if (m.format == KTFX_FMT_F16) separate_halves(out, row_words(m));
+      } else {
+        for (int i = 0; i < kTile && block_scaled; ++i) {
+          const float* of = i < n ? blocks.of(plain[i], G) : nullptr;
+          for (int64_t g = 0; g < G; ++g) scale_in[g * kTile + i] = of ? of[g] : 0.0f;
+        }
+        const int64_t then = tile + (!block_scaled || first % stride + 1 < stride ? 1 : p.tiles_task - stride + 1);
+        good &= pack_rounded(p, s, rows, n, then, scale_in.data(), turned, out);
+      }
+    }
+    const int64_t used = m.zero_offset + (m.format == KTFX_FMT_INT4ZP ? G * kTile : 0);
+    memset(out + used, 0, m.tile_bytes - used);  // equal weights give equal bytes
+  }
+  return good;
+}
+
 void pack_task(void* context, int, int64_t task, int) {
   Packing& p = *(Packing*)context;
   const ktfx_matrix& m = *p.m;
-  const int64_t expert = task / p.tasks_expert, first = task % p.tasks_expert * kTilesTask;
-  const ktfx_source& s = p.sources[expert];
-  const int64_t W = row_words(m), G = groups_of(m);
-  const int se = dtype_bytes(m.scale_dtype);
-  const bool floats = m.format <= KTFX_FMT_F16, scaled = !floats;
-  const bool straight = floats && s.column_stride == 1 && m.K == m.Kp;
-  std::vector<uint32_t> words(W * (kTile + 1), 0u);  // the last row stays zero: rows past the end read it
-  std::vector<char> scales(scaled ? G * se * kTile : 0);
-  std::vector<uint8_t> zeros(m.format == KTFX_FMT_INT4ZP ? G * kTile : 0);
-  std::vector<float> row(floats ? 0 : m.Kp);
-  for (int64_t tile = first; tile < std::min<int64_t>(first + kTilesTask, m.tiles); ++tile) {
-    uint8_t* out = p.out + (expert * m.tiles + tile) * m.tile_bytes;
-    const uint32_t* rows[kTile];
-    for (int i = 0; i < kTile; ++i) {
-      const int64_t n = plain_row(m, tile, i);
-      uint32_t* own = words.data() + i * W;
-      rows[i] = n < 0 ? words.data() + kTile * W : own;
-      char* sc = scales.data() + i * G * se;
-      uint8_t* z = zeros.data() + i * G;
-      if (n < 0) {
-        if (scaled) memset(sc, 0, G * se);
-        if (!zeros.empty()) memset(z, 0, G);
-        // Zero weights: the codes that stand for zero.
-        if (m.format == KTFX_FMT_INT4) {
-          std::fill(own, own + W, 0x88888888u);
-          rows[i] = own;
-        }
-        continue;
-      }
-      const int e = dtype_bytes(s.dtype);
-      if (straight) {
-        rows[i] = (const uint32_t*)((const char*)s.data + source_row(m, s, n) * s.row_stride * e);
-      } else if (floats) {
-        const char* from = (const char*)s.data + source_row(m, s, n) * s.row_stride * e;
-        if (s.column_stride == 1) memcpy(own, from, m.K * e);
-        else if (e == 2)
-          for (int64_t k = 0; k < m.K; ++k) memcpy((char*)own + 2 * k, from + k * s.column_stride * 2, 2);
-        else
-          for (int64_t k = 0; k < m.K; ++k) memcpy(own + k, from + k * s.column_stride * 4, 4);
-        memset((char*)own + m.K * e, 0, (m.Kp - m.K) * e);
-      } else if (s.quantized) {
-        quantized_row(p, s, n, own, sc, z);
-      } else {
-        read_row(p, s, n, row.data());
-        const float* in = nullptr;
-        if (m.format == KTFX_FMT_FP8) {
-          const int64_t row_blocks = (m.N + kFp8Block - 1) / kFp8Block;
-          in = p.block_scales.data() + (expert * row_blocks + n / kFp8Block) * G;
-          memcpy(sc, in, G * 4);
-        }
-        if (!p.kernels->encode(&m, row.data(), in, own, sc, z)) p.bad.store(expert, std::memory_order_relaxed);
-      }
-    }
-    p.kernels->transpose(rows, W, (uint32_t*)out);
-    if (m.format == KTFX_FMT_F16) {  // this one lies input by input: 16 halves, then the next 16
-      for (int64_t w = 0; w < W; ++w) {
-        uint16_t pair[2][kTile];
-        const uint32_t* at = (const uint32_t*)out + w * kTile;
-        for (int i = 0; i < kTile; ++i) {
-          pair[0][i] = (uint16_t)at[i];
-          pair[1][i] = (uint16_t)(at[i] >> 16);
-        }
-        memcpy(out + w * 64, pair, 64);
-      }
-    }
-    const int64_t used = m.zero_offset + (zeros.empty() ? 0 : G * kTile);
-    memset(out + used, 0, m.tile_bytes - used);  // equal weights give equal bytes
-    for (int64_t g = 0; g < (scaled ? G : 0); ++g)
-      for (int i = 0; i < kTile; ++i) {
-        memcpy(out + m.scale_offset + (g * kTile + i) * se, scales.data() + (i * G + g) * se, se);
-        if (!zeros.empty()) out[m.zero_offset + g * kTile + i] = zeros[i * G + g];
-      }
-  }
+  const int64_t expert = task / p.tasks_expert, first = task % p.tasks_expert * p.tiles_task;
+  const int64_t last = std::min<int64_t>(first + p.tiles_task, m.tiles);
+  const int64_t stride = p.tiles_task / kTilesTask;  // 2: gate's tiles and their blocks, then up's
+  bool good = true;
+  for (int64_t i = 0; i < stride; ++i) good &= pack_tiles(p, expert, first + i, last, stride);
+  if (!good) p.bad.store(expert, std::memory_order_relaxed);
 }
 
 // Tiles back to rows, for the formats that do not round.
 void restore_task(void* context, int, int64_t task, int) {
   const Packing& p = *(const Packing*)context;
   const ktfx_matrix& m = *p.m;
-  const int64_t expert = task / p.tasks_expert, first = task % p.tasks_expert * kTilesTask;
+  const int64_t expert = task / p.tasks_expert, first = task % p.tasks_expert * p.tiles_task;
   const ktfx_source& target = p.sources[expert];
   const int e = m.format == KTFX_FMT_F32 ? 4 : 2;
   std::vector<char> row(m.Kp * e);
-  for (int64_t tile = first; tile < std::min<int64_t>(first + kTilesTask, m.tiles); ++tile) {
+  for (int64_t tile = first; tile < std::min<int64_t>(first + p.tiles_task, m.tiles); ++tile) {
     const uint8_t* from = p.out + (expert * m.tiles + tile) * m.tile_bytes;
     for (int i = 0; i < kTile; ++i) {
       const int64_t n = plain_row(m, tile, i);
@@ -349,18 +449,13 @@ int32_t ktfx_pack(const ktfx_matrix* m, const ktfx_source* sources, int32_t expe
     p.sources = sources;
     p.out = out;
     p.kernels = &kernels();
-    p.tasks_expert = (m->tiles + kTilesTask - 1) / kTilesTask;
+    // FP8's blocks of 128 rows: eight tiles, and beside them as many of up where gate and up alternate.
+    p.tiles_task = m->format == KTFX_FMT_FP8 && m->paired ? 2 * kTilesTask : kTilesTask;
+    p.tasks_expert = (m->tiles + p.tiles_task - 1) / p.tiles_task;
     std::shared_ptr<Pool> workers = pool();
     std::lock_guard<std::mutex> hold(workers->busy);
     workers->begin_call();
-    int64_t tasks[kMaxShares] = {};
-    if (m->format == KTFX_FMT_FP8 && experts && !sources[0].quantized) {
-      const int64_t row_blocks = (m->N + kFp8Block - 1) / kFp8Block;
-      p.block_scales.assign(experts * row_blocks * groups_of(*m), 0.0f);
-      tasks[0] = experts * row_blocks;
-      workers->run(tasks, scale_task, &p);
-    }
-    tasks[0] = experts * p.tasks_expert;
+    int64_t tasks[kMaxShares] = {experts * p.tasks_expert};
     workers->run(tasks, pack_task, &p);
     if (p.bad >= 0) {
       snprintf(message, KTFX_MESSAGE, "the weight of expert %lld holds NaN or inf", (long long)p.bad.load());
@@ -385,6 +480,7 @@ int32_t ktfx_restore(const ktfx_matrix* m, const uint8_t* packed, const ktfx_sou
     p.sources = targets;
     p.out = (uint8_t*)packed;
     p.kernels = &kernels();
+    p.tiles_task = kTilesTask;
     p.tasks_expert = (m->tiles + kTilesTask - 1) / kTilesTask;
     std::shared_ptr<Pool> workers = pool();
     std::lock_guard<std::mutex> hold(workers->busy);

@@ -24,6 +24,7 @@ namespace ktfx {
 namespace {
 
 constexpr uint32_t kClosed = 0x80000000u;
+constexpr int kWakes = 4;  // sleepers that one thread wakes: with so many, two rounds wake sixteen
 
 void relax() {
 #if defined(__x86_64__)
@@ -205,6 +206,12 @@ void Pool::pin(int worker, int core) {
 }
 
 void Pool::begin_call() {
+  // Waking takes as long as a small call's own preparation: let them overlap. Whoever wakes finds nothing open yet, and
+  // spins until there is.
+  if (sleepers_.load(std::memory_order_relaxed)) {
+    generation_.fetch_add(1);
+    futex_wake(generation_, kWakes);
+  }
   // The caller is worker 0 and is not ours to pin; if it has moved onto a worker's core, that worker takes the core
   // left free. Costs a system call only when the caller has moved.
   if (threads_ == 1 || threads_ > (int)machine().cores.size()) return;
@@ -241,9 +248,9 @@ void Pool::loop(int worker) {
     if (!wait_while(generation_, seen)) {
       sleepers_.fetch_add(1);
       while (generation_.load() == seen) futex_wait(generation_, seen);
-      // Each wakes two more, so that no thread spends its time on waking all the others. Nobody is missed: whoever
+      // Each wakes some more, so that no thread spends its time on waking all the others. Nobody is missed: whoever
       // still sleeps was asleep before the generation changed, and is in the queue.
-      if (sleepers_.fetch_sub(1) > 1) futex_wake(generation_, 2);
+      if (sleepers_.fetch_sub(1) > 1) futex_wake(generation_, kWakes);
     }
     seen = generation_.load(std::memory_order_acquire);
     if (stop_) return;
@@ -295,7 +302,7 @@ void Pool::run(const int64_t* tasks, TaskFn fn, void* context) {
   }
   inside_.fetch_and(~kClosed, std::memory_order_acq_rel);
   generation_.fetch_add(1);
-  if (sleepers_.load()) futex_wake(generation_, 2);
+  if (sleepers_.load()) futex_wake(generation_, kWakes);
   work(0);
   // All tasks are taken; wait for the workers that took some.
   uint32_t value = inside_.fetch_or(kClosed, std::memory_order_acq_rel) | kClosed;

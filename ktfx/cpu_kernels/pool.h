@@ -38,7 +38,7 @@ class Pool {
   };
   void note_times(Times* times) { times_.store(times, std::memory_order_relaxed); }  // null: no more
 
-  void begin_call();  // keeps the caller and the workers on different cores
+  void begin_call();  // wakes the workers, and keeps them and the caller on different cores
 
  private:
   struct alignas(64) Counter {

@@ -41,6 +41,7 @@ typedef uint32_t vu __attribute__((vector_size(L * 4)));
 typedef uint16_t vh __attribute__((vector_size(L * 2)));
 typedef uint8_t vb __attribute__((vector_size(L)));
 typedef uint16_t vs __attribute__((vector_size(L * 4)));
+typedef int16_t vw __attribute__((vector_size(L * 4)));
 
 template <class T>
 KTFX_INLINE T load(const void* p) {
@@ -63,8 +64,25 @@ KTFX_INLINE vi splat(int32_t x) { return vi{} + x; }
 KTFX_INLINE vf as_float(vi v) { return (vf)v; }
 KTFX_INLINE vf to_float(vi v) { return __builtin_convertvector(v, vf); }
 KTFX_INLINE vf pick(vi mask, vf a, vf b) { return (vf)((mask & (vi)a) | (~mask & (vi)b)); }
-KTFX_INLINE vf vmax(vf a, vf b) { return pick(a > b, a, b); }
-KTFX_INLINE vf vmin(vf a, vf b) { return pick(a < b, a, b); }
+// b where either is a NaN.
+KTFX_INLINE vf vmax(vf a, vf b) {
+#if KTFX_INT == 2
+  return (vf)_mm256_max_ps((__m256)a, (__m256)b);
+#elif KTFX_INT == 5
+  return (vf)_mm512_max_ps((__m512)a, (__m512)b);
+#else
+  return pick(a > b, a, b);
+#endif
+}
+KTFX_INLINE vf vmin(vf a, vf b) {
+#if KTFX_INT == 2
+  return (vf)_mm256_min_ps((__m256)a, (__m256)b);
+#elif KTFX_INT == 5
+  return (vf)_mm512_min_ps((__m512)a, (__m512)b);
+#else
+  return pick(a < b, a, b);
+#endif
+}
 KTFX_INLINE vf vabs(vf a) { return (vf)((vi)a & 0x7fffffff); }
 // To the nearest integer, ties to even, for |x| < 2^22.
 KTFX_INLINE vi nearest(vf x) { return (vi)(x + 12582912.0f) - 0x4b400000; }
@@ -880,15 +898,20 @@ void activate(const ktfx_layer* layer, const float* gate, const float* up, const
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// Packing.
+// Packing. A tile's source rows are transposed first, so that one lane is one output: [K][16] floats, or [K / 2][16]
+// words that hold two 16-bit floats of one row. Scales are then vectors, and codes combine to a tile's words in place.
 
 void transpose(const uint32_t* const* rows, int64_t n, uint32_t* out) {
   int64_t k = 0;
 #if KTFX_INT == 2 || KTFX_INT == 5
-  for (; k + 8 <= n; k += 8)
-    for (int h = 0; h < 2; ++h) {  // 8 x 8 words by unpacking
-      __m256i r[8], s[8];
-      for (int i = 0; i < 8; ++i) r[i] = load<__m256i>(rows[8 * h + i] + k);
+  // Eight rows at a time, and whole lines of them: rows are often a power of two apart, where the nearest cache has room
+  // for eight lines only.
+  for (; k + 16 <= n; k += 16)
+    for (int part = 0; part < 4; ++part) {
+      const int h = part / 2;
+      const int64_t at = k + part % 2 * 8;
+      __m256i r[8], s[8];  // 8 x 8 words by unpacking
+      for (int i = 0; i < 8; ++i) r[i] = load<__m256i>(rows[8 * h + i] + at);
       for (int i = 0; i < 4; ++i) {
         s[2 * i] = _mm256_unpacklo_epi32(r[2 * i], r[2 * i + 1]);
         s[2 * i + 1] = _mm256_unpackhi_epi32(r[2 * i], r[2 * i + 1]);
@@ -900,129 +923,259 @@ void transpose(const uint32_t* const* rows, int64_t n, uint32_t* out) {
         r[4 * i + 3] = _mm256_unpackhi_epi64(s[4 * i + 1], s[4 * i + 3]);
       }
       for (int i = 0; i < 4; ++i) {
-        store(out + (k + i) * 16 + 8 * h, _mm256_permute2x128_si256(r[i], r[4 + i], 0x20));
-        store(out + (k + 4 + i) * 16 + 8 * h, _mm256_permute2x128_si256(r[i], r[4 + i], 0x31));
+        store(out + (at + i) * 16 + 8 * h, _mm256_permute2x128_si256(r[i], r[4 + i], 0x20));
+        store(out + (at + 4 + i) * 16 + 8 * h, _mm256_permute2x128_si256(r[i], r[4 + i], 0x31));
       }
     }
 #endif
   for (; k < n; ++k)
-    for (int r = 0; r < kTile; ++r) out[k * kTile + r] = rows[r][k];
+    for (int r = 0; r < kTile; ++r) out[k * kTile + r] = load<uint32_t>(rows[r] + k);
 }
 
-KTFX_INLINE vi e4m3(vf x) {  // nearest, ties to even, for |x| <= 448
-  vi sign = (vi)((vu)((vi)x & (int32_t)0x80000000) >> 24), u = (vi)x & 0x7fffffff;
-  vi normal = (vi)((vu)(u - (120 << 23) + 0x7ffff + (vi)(((vu)u >> 20) & 1)) >> 20);
-  vi small = nearest((vf)u * 512.0f);
-  vi tiny = u < (121 << 23);
-  return sign | (tiny & small) | (~tiny & normal);
+// A float's bits of 16 in the upper half of a word (the lower half is not looked at) to a float.
+template <int D>
+KTFX_INLINE vf float_of_top(vi v) {
+  if constexpr (D == KTFX_BF16) return as_float(v & (int32_t)0xffff0000);
+  return as_float((v >> 3) & (int32_t)0x8fffe000) * 0x1p112f;  // exact for subnormals too
 }
 
-KTFX_INLINE vi e2m1(vf x) {  // nearest, ties to the even code, for x >= 0
-  vi code = {};
-  // Between codes c and c + 1 the middle belongs to the even one.
-  const float middle[7] = {0.25f, 0.75f, 1.25f, 1.75f, 2.5f, 3.5f, 5.0f};
-  for (int c = 0; c < 7; ++c) code -= c % 2 == 0 ? (vi)(x > middle[c]) : (vi)(x >= middle[c]);
-  return code;
+// Input 4 q + i of vector t of transposed rows.
+template <int D>
+KTFX_INLINE vf source_value(const char* x, int64_t q, int i, int t) {
+  if constexpr (D == KTFX_F32) return load<vf>(x + (q * 4 + i) * 64 + t * L * 4);
+  const vi pair = load<vi>(x + (q * 2 + i / 2) * 64 + t * L * 4);
+  if constexpr (D == KTFX_BF16) return as_float(i % 2 ? pair & (int32_t)0xffff0000 : pair << 16);
+  return float_of_top<D>(i % 2 ? pair : pair << 16);
 }
 
-KTFX_INLINE float round_scale(float s, int dtype, void* out, int64_t i) {
-  vf v = splat(s);
+KTFX_INLINE vi imax(vi a, vi b) { return a > b ? a : b; }
+KTFX_INLINE vi imin(vi a, vi b) { return a < b ? a : b; }
+KTFX_INLINE vw imax(vw a, vw b) { return a > b ? a : b; }
+
+// Bits of floats that are inf or NaN, of a source's dtype, its sign taken off and moved to the top.
+template <int D>
+KTFX_INLINE vi not_finite(vi bits) {
+  return bits >= (D == KTFX_F16 ? 0x7c000000 : 0x7f800000);
+}
+
+// The largest magnitudes over inputs [k0, k1): of all values (above, below unused), or of those above and of those below
+// zero. Magnitudes compare as their bits do.
+template <int D, bool Signed>
+KTFX_INLINE void peaks(const char* x, int64_t k0, int64_t k1, int t, vf& above, vf& below, vi& bad) {
+  if constexpr (D == KTFX_F32) {
+    vi up = {}, down = {};
+    for (int64_t k = k0; k < k1; ++k) {
+      const vi v = load<vi>(x + k * 64 + t * L * 4);
+      up = imax(up, Signed ? v : v & 0x7fffffff);
+      if constexpr (Signed) down = imax(down, v ^ (int32_t)0x80000000);
+    }
+    bad |= not_finite<D>(imax(up, down));
+    above = as_float(up);
+    below = as_float(down);
+  } else {
+    vw up = {}, down = {};
+    for (int64_t k = k0 / 2; k < k1 / 2; ++k) {
+      const vw v = load<vw>(x + k * 64 + t * L * 4);
+      up = imax(up, Signed ? v : v & 0x7fff);
+      if constexpr (Signed) down = imax(down, v ^ (int16_t)0x8000);
+    }
+    const vi high = imax((vi)up << 16, (vi)up & (int32_t)0xffff0000);
+    const vi low = imax((vi)down << 16, (vi)down & (int32_t)0xffff0000);
+    bad |= not_finite<D>(imax(high, low));
+    above = float_of_top<D>(high);
+    below = float_of_top<D>(low);
+  }
+}
+
+// Non-negative floats to a float format of `mantissa` bits whose smallest normal exponent is `least`: nearest, ties to
+// even. Adding a power of two whose last place is the format's step rounds; what was added to it counts the steps.
+// The code stands minifloat_base above zero.
+template <int mantissa, int least>
+KTFX_INLINE vi minifloat(vf v) {
+  const vi exponent = (vi)vmax(v, splat(least == 0 ? 1.0f : 0x1p-6f)) & 0x7f800000;
+  const vi shift = exponent + ((23 - mantissa) << 23);
+  return (vi)(v + as_float(shift)) - shift + (exponent >> (23 - mantissa));
+}
+constexpr uint32_t minifloat_base(int mantissa, int least) { return (uint32_t)(127 + least) << mantissa; }
+
+// How far above zero the codes of a tile's word stand, all of them summed in their places.
+template <int F>
+constexpr uint32_t word_base() {
+  constexpr uint32_t one = F == KTFX_FMT_FP8     ? minifloat_base(3, -6)
+                           : F == KTFX_FMT_MXFP4 ? minifloat_base(1, 0)
+                                                 : 0x4b400000u;  // the bits of 12582912, whose last place is 1
+  constexpr uint32_t bytes = one * 0x01010101u;
+  return F == KTFX_FMT_INT8 || F == KTFX_FMT_FP8 ? bytes : bytes + (bytes << 4);
+}
+
+// Plain: no scale of the group was itself rounded so far that a code would leave its range.
+template <int F, bool Plain>
+KTFX_INLINE vi code_of(vf x, vf divisor, vf zero) {
+  if constexpr (F == KTFX_FMT_MXFP4)  // here a factor: divisors are powers of two
+    return imin(minifloat<1, 0>(vabs(x) * divisor), splat((int32_t)minifloat_base(1, 0) + 7)) + (((vi)x >> 28) & 8);
+  if constexpr (F == KTFX_FMT_FP8) {
+    const vf v = vabs(x) / divisor;
+    return minifloat<3, -6>(Plain ? v : vmin(v, splat(448.0f))) + (((vi)x >> 24) & 0x80);
+  }
+  vf v = x / divisor;
+  if constexpr (F == KTFX_FMT_INT4ZP) v += zero;
+  constexpr float low = F == KTFX_FMT_INT8 ? -127.0f : F == KTFX_FMT_INT4 ? -8.0f : 0.0f;
+  constexpr float high = F == KTFX_FMT_INT8 ? 127.0f : F == KTFX_FMT_INT4 ? 7.0f : 15.0f;
+  if constexpr (!Plain || F == KTFX_FMT_INT4ZP) v = vmin(vmax(v, splat(low)), splat(high));
+  // The addition rounds to the nearest integer and makes it positive; INT8's sign is put right in the whole word.
+  constexpr float positive = F == KTFX_FMT_INT8 ? 128.0f : F == KTFX_FMT_INT4 ? 8.0f : 0.0f;
+  return (vi)(v + (12582912.0f + positive));
+}
+
+// A group's scale from its peaks, rounded as it is stored; stores it.
+KTFX_INLINE vf store_scale(vf scale, int dtype, uint8_t* out) {
   if (dtype == KTFX_F32) {
-    ((float*)out)[i] = s;
-    return s;
+    store(out, scale);
+    return scale;
   }
-  vh h = dtype == KTFX_BF16 ? to_bf16(v) : to_half(v);
-  ((uint16_t*)out)[i] = h[0];
-  vf back = dtype == KTFX_BF16 ? bf16_to_float(h) : half_to_float(h);
-  return back[0];
+  const vh h = dtype == KTFX_BF16 ? to_bf16(scale) : to_half(scale);
+  store(out, h);
+  return dtype == KTFX_BF16 ? bf16_to_float(h) : half_to_float(h);
 }
 
-bool encode(const ktfx_matrix* m, const float* x, const float* scale_in, uint32_t* words, void* scales,
-            uint8_t* zeros) {
-  const int64_t Kp = m->Kp;
-  vf bad = {};
-  for (int64_t i = 0; i < Kp; i += L) bad += load<vf>(x + i) * 0.0f;
-  for (int i = 0; i < L; ++i)
-    if (bad[i] != 0.0f) return false;
-  if (m->format == KTFX_FMT_FP8) {
-    for (int64_t k = 0; k < Kp; k += L) {
-      const float s = scale_in[k / kFp8Block];
-      store((uint8_t*)words + k, __builtin_convertvector(e4m3(load<vf>(x + k) / (s == 0.0f ? 1.0f : s)), vb));
+constexpr int encode_step(int format) {  // inputs a row of the tile
+  return format == KTFX_FMT_INT8 || format == KTFX_FMT_FP8 ? 4 : 8;
+}
+
+// n inputs of vector t, which share a scale.
+template <int F, int D, bool Plain>
+KTFX_INLINE void encode_group(const char* x, int64_t n, int t, vf divisor, vf zero, uint8_t* out) {
+  constexpr int step = encode_step(F);
+  for (int64_t s = 0; s < n / step; ++s) {
+    vu word = {};
+    UNROLL
+    for (int i = 0; i < step; ++i) {
+      const vf v = source_value<D>(x, s * (step / 4) + i / 4, i % 4, t);
+      word += (vu)code_of<F, Plain>(v, divisor, zero) << (i % 4 * 8 + i / 4 * 4);
+      HOLD(word);
     }
-    return true;
+    word -= word_base<F>();
+    if constexpr (F == KTFX_FMT_INT8) word ^= 0x80808080u;
+    store(out + s * 64 + t * L * 4, word);
   }
-  const int64_t group = m->format == KTFX_FMT_INT8 ? Kp : m->group;
-  for (int64_t g = 0; g * group < Kp; ++g) {
-    const float* p = x + g * group;
-    vf low = {}, high = {};
-    for (int64_t i = 0; i < group; i += L) {
-      vf v = load<vf>(p + i);
-      low = vmin(v, low);
-      high = vmax(v, high);
-    }
-    const float lowest = -highest(-low), top = highest(high), amax = top > -lowest ? top : -lowest;
-    float scale, zero = 0.0f;
-    switch (m->format) {
-      case KTFX_FMT_INT8: scale = round_scale(amax / 127.0f, KTFX_F32, scales, g); break;
-      case KTFX_FMT_INT4: scale = round_scale(amax / 7.0f, m->scale_dtype, scales, g); break;
-      case KTFX_FMT_INT4ZP: {
-        scale = round_scale((top - lowest) / 15.0f, m->scale_dtype, scales, g);
-        vi z = nearest(splat(-lowest / (scale == 0.0f ? 1.0f : scale)));
-        zero = (float)(z[0] < 0 ? 0 : z[0] > 15 ? 15 : z[0]);
-        zeros[g] = (uint8_t)zero;
-        break;
-      }
-      default: {
+}
+
+// Inputs [k0, k1) of a tile; x begins at k0, a multiple of 128.
+template <int F, int D>
+bool encode_as(const ktfx_matrix* m, const char* x, int32_t k0, int32_t k1, const float* scale_in,
+               const char* const* ahead, uint8_t* tile) {
+  constexpr int step = encode_step(F), bytes = D == KTFX_F32 ? 4 : 2;
+  const int64_t group = step == 4 ? kFp8Block : m->group;  // INT8's scale is one, its inputs are taken like FP8's
+  vi bad = {};
+  for (int64_t k = k0; k < k1; k += group) {
+    const int64_t end = k + group < k1 ? k + group : k1;
+    const int64_t g = F == KTFX_FMT_INT8 ? 0 : k / group;
+    for (int t = 0; t < V; ++t) {
+      if (ahead)
+        for (int r = t * L; r < (t + 1) * L; ++r)
+          for (int64_t b = (k - k0) * bytes; b < (end - k0) * bytes; b += 64) __builtin_prefetch(ahead[r] + b, 0, 2);
+      vf above = {}, below = {}, zero = {}, divisor;
+      if constexpr (step == 8) peaks<D, F == KTFX_FMT_INT4ZP>(x, k - k0, end - k0, t, above, below, bad);
+      uint8_t* scales = tile + m->scale_offset;
+      const int64_t at = g * kTile + t * L;
+      if constexpr (step == 4) {
+        divisor = load<vf>(scale_in + at);
+        store(scales + at * 4, divisor);
+      } else if constexpr (F == KTFX_FMT_MXFP4) {
         // The largest e2m1 value is 1.5 * 2^2, so the exponent is two below that of the largest magnitude.
-        uint32_t bits;
-        float floor_ = amax < 0x1p-120f ? 0x1p-120f : amax;
-        __builtin_memcpy(&bits, &floor_, 4);
-        int e = (int)(bits >> 23) - 2;
-        e = e < 0 ? 0 : e > 254 ? 254 : e;
-        ((uint8_t*)scales)[g] = (uint8_t)e;
-        bits = (uint32_t)e << 23;
-        __builtin_memcpy(&scale, &bits, 4);
+        const vi exponent = ((vi)vmax(above, splat(0x1p-120f)) >> 23) - 2;
+        int32_t each[L];
+        store(each, exponent);
+        for (int i = 0; i < L; ++i) scales[at + i] = (uint8_t)each[i];
+        divisor = as_float((254 - exponent) << 23);
+      } else {
+        const vf range = F == KTFX_FMT_INT4 ? above / 7.0f : (above + below) / 15.0f;
+        divisor = store_scale(range, m->scale_dtype, scales + at * scale_bytes(m->scale_dtype));
       }
-    }
-    const float safe = scale == 0.0f ? 1.0f : scale;
-    // One byte an input: INT8 as it is, 4-bit codes then two by two, input j of eight beside input j + 4.
-    uint8_t* codes = (uint8_t*)words + g * group;
-    uint8_t block[128];
-    for (int64_t i = 0; i < group; i += L) {
-      const vf v = load<vf>(p + i) / safe;
-      vi c;
-      if (m->format == KTFX_FMT_MXFP4) c = e2m1(vabs(v)) | ((vi)((vu)(vi)v >> 31) << 3);
-      else {
-        const int lo = m->format == KTFX_FMT_INT8 ? -127 : m->format == KTFX_FMT_INT4 ? -8 : 0;
-        const int hi = m->format == KTFX_FMT_INT8 ? 127 : m->format == KTFX_FMT_INT4 ? 7 : 15;
-        c = nearest(vmin(vmax(v, splat(-1024.0f)), splat(1024.0f)) + zero);
-        c = c < lo ? splat((int32_t)lo) : c;
-        c = c > hi ? splat((int32_t)hi) : c;
-        if (m->format == KTFX_FMT_INT4) c += 8;
+      divisor = pick(divisor == 0.0f, splat(1.0f), divisor);
+      if constexpr (F == KTFX_FMT_INT4ZP) {
+        zero = vmin(to_float(nearest(below / divisor)), splat(15.0f));
+        int32_t each[L];
+        store(each, nearest(zero));
+        for (int i = 0; i < L; ++i) tile[m->zero_offset + at + i] = (uint8_t)each[i];
       }
-      store(m->format == KTFX_FMT_INT8 ? codes + i : block + i, __builtin_convertvector(c, vb));
-    }
-    if (m->format == KTFX_FMT_INT8) continue;
-    for (int64_t i = 0; i < group; i += 8) {
-      uint64_t eight;
-      __builtin_memcpy(&eight, block + i, 8);
-      words[(g * group + i) / 8] = (uint32_t)(eight | eight >> 28);
+      const vi coarse = divisor < (step == 8 && m->scale_dtype == KTFX_F16 ? 0x1p-18f : 0x1p-100f);
+      int32_t any = 0;
+      for (int i = 0; i < L; ++i) any |= coarse[i];
+      const char* from = x + (k - k0) * kTile * bytes;
+      if (F == KTFX_FMT_MXFP4 || !any) encode_group<F, D, true>(from, end - k, t, divisor, zero, tile + k / step * 64);
+      else encode_group<F, D, false>(from, end - k, t, divisor, zero, tile + k / step * 64);
     }
   }
+  for (int i = 0; i < L; ++i)
+    if (bad[i]) return false;
   return true;
+}
+
+template <int F>
+KTFX_INLINE bool encode_from(const ktfx_matrix* m, int dtype, const char* x, int32_t k0, int32_t k1,
+                             const float* scale_in, const char* const* ahead, uint8_t* tile) {
+  if (dtype == KTFX_F32) return encode_as<F, KTFX_F32>(m, x, k0, k1, scale_in, ahead, tile);
+  if (dtype == KTFX_BF16) return encode_as<F, KTFX_BF16>(m, x, k0, k1, scale_in, ahead, tile);
+  return encode_as<F, KTFX_F16>(m, x, k0, k1, scale_in, ahead, tile);
+}
+
+bool encode(const ktfx_matrix* m, int dtype, const void* x, int32_t k0, int32_t k1, const float* scale_in,
+            const char* const* ahead, uint8_t* tile) {
+  const char* from = (const char*)x;
+  switch (m->format) {
+    case KTFX_FMT_FP8: return encode_from<KTFX_FMT_FP8>(m, dtype, from, k0, k1, scale_in, ahead, tile);
+    case KTFX_FMT_INT8: return encode_from<KTFX_FMT_INT8>(m, dtype, from, k0, k1, scale_in, ahead, tile);
+    case KTFX_FMT_INT4: return encode_from<KTFX_FMT_INT4>(m, dtype, from, k0, k1, scale_in, ahead, tile);
+    case KTFX_FMT_INT4ZP: return encode_from<KTFX_FMT_INT4ZP>(m, dtype, from, k0, k1, scale_in, ahead, tile);
+    default: return encode_from<KTFX_FMT_MXFP4>(m, dtype, from, k0, k1, scale_in, ahead, tile);
+  }
+}
+
+// The bits of the largest magnitudes of one row per `group` inputs, as floats or as halves in the upper half of a word, where
+// they are larger than what stands there; in any of 16 words.
+template <int D>
+KTFX_INLINE void row_peaks_of(const char* row, int64_t n, int64_t group, int32_t* peaks) {
+  constexpr int e = D == KTFX_F32 ? 4 : 2, step = L * 4 / e;
+  for (int64_t k = 0; k < n; k += group, peaks += kTile) {
+    const int64_t end = k + group < n ? k + group : n;
+    vi top = load<vi>(peaks);
+    vw most = {};
+    int64_t i = k;
+    for (; i + step <= end; i += step) {
+      if constexpr (D == KTFX_F32) top = imax(top, load<vi>(row + i * e) & 0x7fffffff);
+      else most = imax(most, load<vw>(row + i * e) & 0x7fff);
+    }
+    if (i < end) {
+      vi rest = {};
+      __builtin_memcpy(&rest, row + i * e, (end - i) * e);
+      if constexpr (D == KTFX_F32) top = imax(top, rest & 0x7fffffff);
+      else most = imax(most, (vw)rest & 0x7fff);
+    }
+    if constexpr (D != KTFX_F32) top = imax(top, imax((vi)most << 16, (vi)most & (int32_t)0xffff0000));
+    store(peaks, top);
+  }
+}
+
+void row_peaks(const void* row, int dtype, int64_t n, int64_t group, int32_t* peaks) {
+  if (dtype == KTFX_F32) row_peaks_of<KTFX_F32>((const char*)row, n, group, peaks);
+  else if (dtype == KTFX_BF16) row_peaks_of<KTFX_BF16>((const char*)row, n, group, peaks);
+  else row_peaks_of<KTFX_F16>((const char*)row, n, group, peaks);
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
 // What the machine can do, measured with this file's instructions.
 
+// Four places at once, and no prefetch instructions: faster than one stream with them, so the higher yardstick.
 double sum(const uint8_t* data, int64_t bytes) {
-  vi a[4] = {};
-  int64_t i = 0;
-  for (; i + 4 * (int64_t)sizeof(vi) <= bytes; i += 4 * sizeof(vi)) {
-    for (int j = 0; j < 4 * (int)sizeof(vi); j += 64) __builtin_prefetch(data + i + j + 2048);
-    for (int j = 0; j < 4; ++j) a[j] ^= load<vi>(data + i + j * sizeof(vi));
-  }
-  vi all = a[0] ^ a[1] ^ a[2] ^ a[3];
+  constexpr int places = 4;
+  const int64_t part = bytes / (places * 64) * 64;
+  vi a[places] = {};
+  for (int64_t i = 0; i < part; i += 64)
+    for (int s = 0; s < places; ++s)
+      for (int j = 0; j < 64; j += (int)sizeof(vi)) a[s] ^= load<vi>(data + s * part + i + j);
+  for (int64_t i = places * part; i + (int64_t)sizeof(vi) <= bytes; i += sizeof(vi)) a[0] ^= load<vi>(data + i);
+  const vi all = a[0] ^ a[1] ^ a[2] ^ a[3];
   double total = 0;
   for (int j = 0; j < L; ++j) total += all[j];
   return total;
@@ -1115,6 +1268,7 @@ KernelTable make_table(const char* name) {
   t.interleave = interleave;
   t.transpose = transpose;
   t.encode = encode;
+  t.row_peaks = row_peaks;
   t.sum = sum;
   t.fma = fma;
   return t;

@@ -9,11 +9,15 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 
-from ktfx.errors import KtfxError, PlacementError
+from ktfx.errors import KtfxError, PlacementError, WeightError
+from ktfx.formats import QuantizedWeight, format_name, parse_format
+
+Weight = torch.Tensor | QuantizedWeight
 
 ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "silu": F.silu,
@@ -83,6 +87,7 @@ class ExpertsKernel:
     packed_meta(spec, dtype): the packed tensors it will make; ``dtype`` is that of the model's weights.
     pack(spec, tensors, device): the model's tensors (``gate_up``, ``down`` and, with biases, ``gate_up_bias``,
         ``down_bias``; any strides, host or device) to the kernel's own layout on ``device``, as ``packed_meta`` says.
+        ``gate_up`` and ``down`` may be quantised already in the spec's format, (E, N, K): their bits are kept.
     forward(spec, x_TH, ids_TK, weights_TK, packed): the call; returns (T, H) in x's dtype.
     dequantised(spec, packed): the weights it really computes with, in the plain layout (tests, error reports).
     restored(spec, packed, part, experts): the model's own tensor of a part for a range of experts, bit for bit and in
@@ -94,7 +99,7 @@ class ExpertsKernel:
     name: str
     unsupported: Callable[[ExpertsSpec, torch.dtype, torch.device], str | None]
     packed_meta: Callable[[ExpertsSpec, torch.dtype], list[TensorMeta]]
-    pack: Callable[[ExpertsSpec, Mapping[str, torch.Tensor], torch.device], list[torch.Tensor]]
+    pack: Callable[[ExpertsSpec, Mapping[str, Any], torch.device], list[torch.Tensor]]
     forward: Callable[[ExpertsSpec, torch.Tensor, torch.Tensor, torch.Tensor, Sequence[torch.Tensor]], torch.Tensor]
     dequantised: Callable[[ExpertsSpec, Sequence[torch.Tensor]], dict[str, torch.Tensor]]
     restored: Callable[[ExpertsSpec, Sequence[torch.Tensor], str, range], torch.Tensor] | None = None
@@ -141,6 +146,27 @@ def plain_layout(spec: ExpertsSpec, tensors: Mapping[str, torch.Tensor]) -> dict
             bias = plain["gate_up_bias"]
             plain["gate_up_bias"] = torch.cat([bias[:, 0::2], bias[:, 1::2]], dim=1)
     return plain
+
+
+def stored_parts(spec: ExpertsSpec, tensors: Mapping[str, Any]) -> dict[str, QuantizedWeight]:
+    """``gate_up`` and ``down`` where they are quantised already; empty for plain tensors.
+
+    Raises WeightError for another format or shape than the spec's, and for a layout that is not the plain one.
+    """
+    rows = spec.intermediate * (1 if spec.gate == "none" else 2)
+    E, shapes = spec.num_experts, {"gate_up": (rows, spec.hidden), "down": (spec.hidden, spec.intermediate)}
+    found = {part: tensors[part] for part in shapes if isinstance(tensors[part], QuantizedWeight)}
+    for part, weight in found.items():
+        form, group = parse_format(spec.weights)
+        wanted = (form.name, group, (E, *shapes[part]))
+        if (weight.format, weight.group, tuple(weight.shape)) != wanted or spec.transposed or spec.interleaved:
+            raise WeightError(
+                f"{part} is quantised already, as {format_name(parse_format(weight.format)[0], weight.group)} "
+                f"{tuple(weight.shape)}",
+                expected=f"{spec.weights} {(E, *shapes[part])}, in the plain layout",
+                mend="name the checkpoint's own format in the rule, or dequantise the weight first",
+            )
+    return found
 
 
 def apply_gate(spec: ExpertsSpec, up_SI2: torch.Tensor) -> torch.Tensor:

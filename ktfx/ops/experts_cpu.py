@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -18,7 +19,15 @@ from ktfx.cpu_kernels import library
 from ktfx.errors import HostCallError, KtfxError, KtfxWarning
 from ktfx.formats import dequantize, from_tensors, parse_format, quantize, storage
 from ktfx.ops import experts_native
-from ktfx.ops.experts import ExpertsKernel, ExpertsSpec, TensorMeta, apply_gate, plain_layout, register_experts_kernel
+from ktfx.ops.experts import (
+    ExpertsKernel,
+    ExpertsSpec,
+    TensorMeta,
+    apply_gate,
+    plain_layout,
+    register_experts_kernel,
+    stored_parts,
+)
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -147,8 +156,13 @@ def _aten_meta(spec: ExpertsSpec, dtype: torch.dtype) -> list[TensorMeta]:
     return metas
 
 
-def _aten_pack(spec: ExpertsSpec, tensors: Mapping[str, torch.Tensor]) -> list[torch.Tensor]:
-    host, plain = torch.device("cpu"), plain_layout(spec, tensors)
+def _aten_pack(spec: ExpertsSpec, tensors: Mapping[str, Any]) -> list[torch.Tensor]:
+    host, stored = torch.device("cpu"), stored_parts(spec, tensors)
+    if stored:
+        kept = [t for name in ("gate_up", "down") for t in stored[name].tensors()]
+        kept += [tensors[name] for name in ("gate_up_bias", "down_bias") if spec.has_bias]
+        return [t.to(host, copy=True).contiguous() for t in kept]
+    plain = plain_layout(spec, tensors)
     out = [t for name in ("gate_up", "down") for t in quantize(plain[name], spec.weights, device=host).tensors()]
     out += [plain[name] for name in ("gate_up_bias", "down_bias") if name in plain]
     return [t.to(host, copy=True).contiguous() for t in out]
@@ -170,7 +184,7 @@ def _packed_meta(spec: ExpertsSpec, dtype: torch.dtype) -> list[TensorMeta]:
     return experts_native.packed_meta(spec, dtype) if _is_native() else _aten_meta(spec, dtype)
 
 
-def _pack(spec: ExpertsSpec, tensors: Mapping[str, torch.Tensor], device: torch.device) -> list[torch.Tensor]:
+def _pack(spec: ExpertsSpec, tensors: Mapping[str, Any], device: torch.device) -> list[torch.Tensor]:
     if _is_native():
         return experts_native.pack(spec, tensors)
     _warn_once()

@@ -6,17 +6,18 @@ Packed tensors of a layer: the gate-up tiles and the down tiles, uint8 (E, bytes
 from __future__ import annotations
 
 import ctypes
+import weakref
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from functools import lru_cache
+from dataclasses import dataclass, replace
+from functools import cached_property, lru_cache
+from typing import Any
 
 import torch
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from ktfx.cpu_kernels import library as native
 from ktfx.errors import HostCallError, KtfxError, WeightError
 from ktfx.formats import QuantizedWeight, parse_format
-from ktfx.ops.experts import ExpertsSpec, TensorMeta
+from ktfx.ops.experts import ExpertsSpec, TensorMeta, Weight
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _ID_DTYPES = {torch.int32: 3, torch.int64: 4}
@@ -65,23 +66,22 @@ def aligned_empty(shape: tuple[int, ...]) -> torch.Tensor:
     return block[skip : skip + size].view(shape)
 
 
-Weight = torch.Tensor | QuantizedWeight
-
-
 def pack(spec: ExpertsSpec, tensors: Mapping[str, Weight], dtype: torch.dtype | None = None) -> list[torch.Tensor]:
     """The model's tensors, or weights that are quantised already, to the kernels' layout.
 
     ``gate_up`` and ``down`` are float tensors in the spec's own layout (any strides, any device: experts that are not
     on the host come over one at a time), or QuantizedWeights of the spec's format (E, N, K), interleaved as the spec
-    says but never transposed. dtype: that of the model, needed only for quantised weights (default bfloat16).
+    says but never transposed. dtype: that of the model, for quantised weights: if not given, of int4's
+    scales, else of biases, else bfloat16.
     """
     gate_up, down = tensors["gate_up"], tensors["down"]
     if isinstance(gate_up, torch.Tensor):
         dtype = gate_up.dtype
     elif dtype is None:
-        scales = gate_up.scales
-        dtype = scales.dtype if scales is not None and scales.dtype in DTYPES and gate_up.zeros is not None else None
-        dtype = dtype or (scales.dtype if scales is not None and gate_up.format.startswith("int4") else torch.bfloat16)
+        bias = tensors.get("gate_up_bias")
+        dtype = bias.dtype if isinstance(bias, torch.Tensor) and bias.dtype in DTYPES else torch.bfloat16
+        if gate_up.scales is not None and gate_up.format in ("int4", "int4zp"):
+            dtype = gate_up.scales.dtype
     metas = packed_meta(spec, dtype)
     out: list[torch.Tensor] = []
     interleaved = spec.interleaved and spec.gate != "none"
@@ -199,10 +199,11 @@ class NativeLayer:
     spec: ExpertsSpec
     struct: native.Layer
     packed: tuple[torch.Tensor, ...]
+    addresses: list[int]
 
-
-# Building the structure takes longer than a small call. Weak: a model that is dropped takes its packed weights along.
-_structs: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+    @cached_property
+    def pointer(self) -> Any:
+        return ctypes.pointer(self.struct)
 
 
 def native_layer(spec: ExpertsSpec, packed: Sequence[torch.Tensor]) -> NativeLayer:
@@ -234,15 +235,25 @@ def native_layer(spec: ExpertsSpec, packed: Sequence[torch.Tensor]) -> NativeLay
         packed[1].data_ptr(),
         *bias,
     )
-    return NativeLayer(spec, struct, tuple(packed))
+    return NativeLayer(spec, struct, tuple(packed), [t.data_ptr() for t in packed])
+
+
+# By the identity of the gate-up tiles. Weak: a model that is dropped takes its packed weights along.
+_layers: dict[int, tuple[weakref.ref[torch.Tensor], NativeLayer]] = {}
 
 
 def _cached_layer(spec: ExpertsSpec, packed: Sequence[torch.Tensor]) -> NativeLayer:
-    addresses = [t.data_ptr() for t in packed]
-    known = _structs.setdefault(packed[0], {})
-    if spec not in known or known[spec][1] != addresses:
-        known[spec] = (native_layer(spec, packed).struct, addresses)
-    return NativeLayer(spec, known[spec][0], tuple(packed))
+    """``native_layer`` without its hold on the tensors; building it takes longer than a small call."""
+    tiles = packed[0]
+    found = _layers.get(id(tiles))
+    if found is not None:
+        owner, known = found
+        same = known.spec is spec or known.spec == spec
+        if same and owner() is tiles and known.addresses == [t.data_ptr() for t in packed]:
+            return known
+    key, layer = id(tiles), replace(native_layer(spec, packed), packed=())
+    _layers[key] = (weakref.ref(tiles, lambda _: _layers.pop(key, None)), layer)
+    return layer
 
 
 @dataclass(eq=False)
@@ -252,6 +263,7 @@ class NativeCall:
     layer: NativeLayer
     struct: native.Call
     tensors: tuple[torch.Tensor, ...]
+    packed: Sequence[torch.Tensor] = ()
 
     @property
     def pointer(self) -> int:
@@ -262,31 +274,38 @@ def native_call(
     layer: NativeLayer, x_TH: torch.Tensor, ids_TK: torch.Tensor, weights_TK: torch.Tensor, out_TH: torch.Tensor
 ) -> NativeCall:
     """The C structure of one call over tensors that stay where they are; checks shapes and dtypes, not ids."""
-    spec = layer.spec
+    # Weights have just passed through every cache, Python's own memory is far away: as few steps as will do.
     T, K = ids_TK.shape
-    if tuple(x_TH.shape) != (T, spec.hidden) or weights_TK.shape != ids_TK.shape or out_TH.shape != x_TH.shape:
+    x_dtype = x_TH.dtype
+    if x_TH.shape != (T, layer.spec.hidden) or weights_TK.shape != (T, K) or out_TH.shape != x_TH.shape:
         raise HostCallError(
             f"shapes do not fit: x {tuple(x_TH.shape)}, ids {tuple(ids_TK.shape)}, weights {tuple(weights_TK.shape)}",
-            expected=f"(T, {spec.hidden}), (T, K), (T, K)",
+            expected=f"(T, {layer.spec.hidden}), (T, K), (T, K)",
         )
-    if x_TH.dtype not in DTYPES or weights_TK.dtype not in DTYPES or ids_TK.dtype not in _ID_DTYPES:
+    if x_dtype not in DTYPES or weights_TK.dtype not in DTYPES or ids_TK.dtype not in _ID_DTYPES:
         raise HostCallError(
-            f"dtypes do not fit: x {x_TH.dtype}, ids {ids_TK.dtype}, weights {weights_TK.dtype}",
+            f"dtypes do not fit: x {x_dtype}, ids {ids_TK.dtype}, weights {weights_TK.dtype}",
             expected="float32, bfloat16 or float16; ids int32 or int64",
         )
-    tensors = (x_TH, ids_TK, weights_TK, out_TH)
-    if not all(t.is_contiguous() and t.device.type == "cpu" for t in tensors) or out_TH.dtype != x_TH.dtype:
+    if (
+        not (x_TH.is_contiguous() and ids_TK.is_contiguous() and weights_TK.is_contiguous() and out_TH.is_contiguous())
+        or not (x_TH.is_cpu and ids_TK.is_cpu and weights_TK.is_cpu and out_TH.is_cpu)
+        or out_TH.dtype != x_dtype
+    ):
         raise HostCallError("inputs and outputs of a native call must be contiguous, on the host, and of one dtype")
     struct = native.Call(
-        ctypes.pointer(layer.struct),
-        *(t.data_ptr() for t in tensors),
+        layer.pointer,
+        x_TH.data_ptr(),
+        ids_TK.data_ptr(),
+        weights_TK.data_ptr(),
+        out_TH.data_ptr(),
         T,
         K,
-        DTYPES[x_TH.dtype],
+        DTYPES[x_dtype],
         _ID_DTYPES[ids_TK.dtype],
         DTYPES[weights_TK.dtype],
     )
-    return NativeCall(layer, struct, tensors)
+    return NativeCall(layer, struct, (x_TH, ids_TK, weights_TK, out_TH))
 
 
 def _prepared(
@@ -301,9 +320,11 @@ def _prepared(
     if weights_TK.dtype not in DTYPES:
         weights_TK = weights_TK.float()
     x_TH = x_TH.contiguous()
-    return native_call(
+    call = native_call(
         _cached_layer(spec, packed), x_TH, ids_TK.contiguous(), weights_TK.contiguous(), torch.empty_like(x_TH)
     )
+    call.packed = packed  # a ticket must hold them
+    return call
 
 
 def _raise(status: int, message: str) -> None:

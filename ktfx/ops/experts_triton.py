@@ -7,6 +7,7 @@ Packed: gate_up's tensors as ``QuantizedWeight.tensors`` gives them, then down's
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 
@@ -20,6 +21,7 @@ from ktfx.ops.experts import (
     plain_layout,
     reference_experts,
     register_experts_kernel,
+    stored_parts,
 )
 from ktfx.ops.triton_loader import kernels, runs_kernels
 
@@ -60,11 +62,16 @@ def packed_meta(spec: ExpertsSpec, dtype: torch.dtype) -> list[TensorMeta]:
     return metas
 
 
-def pack(spec: ExpertsSpec, tensors: Mapping[str, torch.Tensor], device: torch.device) -> list[torch.Tensor]:
+def pack(spec: ExpertsSpec, tensors: Mapping[str, Any], device: torch.device) -> list[torch.Tensor]:
     """Always a copy: the result never shares memory with the model's tensors."""
-    plain = plain_layout(spec, tensors)
     shapes = _shapes(spec)
     packed: list[torch.Tensor] = []
+    stored = stored_parts(spec, tensors)
+    if stored:
+        packed = [t.to(device, copy=True).contiguous() for name in shapes for t in stored[name].tensors()]
+        biases = [tensors[f"{name}_bias"] for name in shapes if spec.has_bias]
+        return packed + [bias.to(device, copy=True).contiguous() for bias in biases]
+    plain = plain_layout(spec, tensors)
     for name, shape in shapes.items():
         if tuple(plain[name].shape) != shape:
             raise WeightError(
@@ -107,7 +114,8 @@ def forward(
 
 
 def takes_parameters(spec: ExpertsSpec) -> bool:
-    return spec.weights == "model" and not spec.transposed and (not spec.interleaved or spec.gate == "none")
+    """Of a weight that is stored in the spec's format its own tensors are what ``pack`` would copy."""
+    return not spec.transposed and (not spec.interleaved or spec.gate == "none")
 
 
 TRITON_KERNEL = register_experts_kernel(

@@ -3,10 +3,12 @@
     python3 setup.py build_ext --inplace
     python3 tests/benchmarks/cpu_experts_table.py [--quick] [--shapes qwen3,v2lite,v3,mixtral] [--json FILE]
 
-Contenders take turns call by call in one run; figures are medians. Layers are rotated and every call chooses other
-experts, so that weights come from memory. ``share`` is the bytes of the chosen experts, scales included, over the time
-and over the read bandwidth measured between the same calls; ``of peak`` is over the multiply-add rate measured so.
-``--one-core`` runs everything on one thread and counts CPU time, for a machine that others use too.
+Contenders take turns call by call in one run; figures are medians. A turn begins with a pause and a call that is not
+timed, where calls are short: threads of the one before may still spin, and its own sleep. Layers are rotated and every
+call chooses other experts, so that weights come from memory. Other projects' kernels: see cpu_contenders.py. ``share``
+is the bytes of the chosen experts, scales included, over the time and over the read bandwidth measured between the same
+calls; ``of peak`` is over the multiply-add rate measured so. ``--one-core`` runs all on one thread and counts CPU time,
+for a machine that others use too.
 ``error`` is relative to the float32 reference over the unquantised weights, so it holds the format's own rounding.
 """
 
@@ -27,6 +29,9 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+import cpu_contenders
 
 from ktfx.cpu_kernels import library
 from ktfx.ops import experts_native as native
@@ -47,6 +52,7 @@ SHAPES = {
     "v2lite": Shape(2048, 1408, 64, 6),  # DeepSeek-V2-Lite
     "v3": Shape(7168, 2048, 16, 8),  # DeepSeek-V3, 16 of its 256 experts
     "mixtral": Shape(4096, 14336, 8, 2),
+    "mixtral4": Shape(4096, 14336, 4, 2),  # half of its experts, where memory is short
 }
 FORMATS = ["model", "fp8", "int8", "int4", "int4+int8", "int4zp", "mxfp4"]  # "+int8": activations may be int8
 CLOCK = time.CLOCK_MONOTONIC  # --one-core: CPU time
@@ -57,6 +63,9 @@ def now(own_threads: bool = False) -> float:
     return time.clock_gettime(time.CLOCK_PROCESS_CPUTIME_ID if counted else CLOCK)
 
 
+SHORT_CALL = 0.1  # seconds: calls below are preceded by a pause and one that is not timed
+READ_PIECE = 128 << 20  # bytes
+PAUSE = 0.006  # seconds: as long as idle OpenMP threads spin
 MOST_BATCHED = 16  # tokens: batched_mm copies the weights of every choice
 
 
@@ -279,6 +288,19 @@ def kt_contenders(shape: Shape, layers: list[dict[str, torch.Tensor]]) -> list[C
     return [Contender(f"kt-kernel {made.__name__}", call, size, note="its own threads, which spin", own_threads=True)]
 
 
+def foreign_contenders(
+    shape: Shape, layers: list[dict[str, torch.Tensor]], ggml: list[str], ggml_types: str, vllm: str
+) -> list[Contender]:
+    """Other projects' experts, where the command line says where they are."""
+    found = []
+    sizes = (shape.hidden, shape.intermediate, shape.experts, shape.chosen)
+    if vllm:
+        found.append(cpu_contenders.vllm_experts(vllm, layers))
+    for where in ggml:
+        found += cpu_contenders.ggml_experts(where, sizes, layers, native.lib().ktfx_threads(), ggml_types)
+    return [Contender(f.name, f.forward, f.bytes, own_threads=True) for f in found]
+
+
 def aten_contender(shape: Shape, layers: list[dict[str, torch.Tensor]]) -> Contender:
     spec = spec_of(shape, "model")
     size = sum(t[0].nbytes for t in layers[0].values())
@@ -309,27 +331,38 @@ def measure(
     bytes_read: dict[str, list[float]] = {c.name: [] for c in ready}
     local = Limits()
     slow = set()  # so slow that two calls have to do
+    short = set()
     for contender in list(ready):
-        start = now()
+        start = now(contender.own_threads)
         try:
             contender.call(*sets[0], 0)
         except Exception as error:
             print(f"{contender.name} is left out at {tokens} tokens: {error}", flush=True)
             ready.remove(contender)
-        if now() - start > seconds / 6:
+        took = now(contender.own_threads) - start
+        if took > seconds / 6:
             slow.add(contender.name)
+        if took < SHORT_CALL:
+            short.add(contender.name)
     begin, rounds = time.monotonic(), 0
     while rounds < 3 or (time.monotonic() - begin < seconds and rounds < 200):
         which, layer = rounds % len(sets), rounds % layers
+        time.sleep(PAUSE)
+        pieces = sink.split(READ_PIECE)[: max(1, sink.numel() // READ_PIECE)]
+        lib.ktfx_measure_read(pieces[rounds % len(pieces)].data_ptr(), READ_PIECE // 8)
+        piece = pieces[(rounds + 1) % len(pieces)]  # not what the last round read: it may lie in a large cache
         start = now()
-        lib.ktfx_measure_read(sink.data_ptr(), sink.numel())
-        local.read.append(sink.numel() / (now() - start))
+        lib.ktfx_measure_read(piece.data_ptr(), piece.numel())
+        local.read.append(piece.numel() / (now() - start))
         if rounds % 4 == 0:
             wall, start = time.monotonic(), now()
             local.fma.append(lib.ktfx_measure_fma() * (time.monotonic() - wall) / (now() - start))
         for contender in ready:
             if rounds >= 2 and contender.name in slow:
                 continue
+            if contender.name in short:
+                time.sleep(PAUSE)
+                contender.call(*sets[which - 1], layer)
             start = now(contender.own_threads)
             contender.call(*sets[which], layer)
             times[contender.name].append(now(contender.own_threads) - start)
@@ -455,10 +488,10 @@ def sweep_ahead(shape: Shape, weights: dict[str, torch.Tensor]) -> None:
             sets = [inputs(shape, tokens, i) for i in range(5)]
             times: dict[int, list[float]] = {d: [] for d in distances}
             for i in range(40 if tokens == 1 else 12):
-                for distance in distances:
+                for j, distance in enumerate(distances):  # never the experts of the call before: a cache may hold them
                     native.lib().ktfx_set_ahead(distance)
                     start = now()
-                    native.forward(spec, *sets[i % 5], packed[i % 2])
+                    native.forward(spec, *sets[(i + j) % 5], packed[i % 2])
                     times[distance].append(now() - start)
             found = ", ".join(f"{d} B {statistics.median(t) * 1e3:.2f}" for d, t in times.items())
             print(f"{fmt} {tokens}t, ms by distance fetched ahead: {found}", flush=True)
@@ -514,6 +547,11 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=0.0, help="time for one number of tokens")
     parser.add_argument("--no-transformers", action="store_true")
     parser.add_argument("--kt", action="store_true", help="kt-kernel too, where its wheel is installed")
+    parser.add_argument("--ggml", action="append", default=[], metavar="INCLUDE,LIBRARIES[,NAME]")
+    parser.add_argument("--ggml-types", default="", help="colon-separated, such as bf16:q4_0; default all")
+    parser.add_argument("--vllm", default="", metavar="FILE", help="the extension of vLLM's CPU wheel")
+    parser.add_argument("--no-packing", action="store_true")
+    parser.add_argument("--no-batched", action="store_true", help="transformers' eager and grouped_mm only")
     parser.add_argument("--no-sweeps", action="store_true", help="the table only")
     parser.add_argument("--one-core", action="store_true", help="one thread, CPU time: for a machine in use")
     parser.add_argument("--layers", type=int, default=2, help="layers to rotate over")
@@ -545,23 +583,27 @@ def main() -> int:
         contenders = native_contenders(shape, layers, formats)
         if not args.no_transformers:
             contenders += [*transformers_contenders(shape, layers), aten_contender(shape, layers)]
+        contenders += foreign_contenders(shape, layers, args.ggml, args.ggml_types, args.vllm)
+        if args.no_batched:
+            contenders = [c for c in contenders if "batched" not in c.name and "without" not in c.name]
         if args.kt:
             contenders += kt_contenders(shape, layers)
         x, ids, weights = inputs(shape, 2, 3)
-        wide = {k: t.float() for k, t in layers[0].items()} if shape.experts * shape.hidden < 1 << 19 else None
-        if wide is not None:
-            want = reference_experts(spec_of(shape, "model"), x.float(), ids, weights, wide)
-            for c in contenders:
-                c.error = relative_error(c.call(x, ids, weights, 0), want)
-            del wide
+        used, renumbered = ids.unique(return_inverse=True)
+        wide = {k: t[used].float() for k, t in layers[0].items()}
+        few = ExpertsSpec(len(used), shape.hidden, shape.intermediate)
+        want = reference_experts(few, x.float(), renumbered, weights, wide)
+        for c in contenders:
+            c.error = relative_error(c.call(x, ids, weights, 0), want)
+        del wide
         # Read as the kernels do: from memory placed and paged like the packed weights.
-        sink = native.pack(spec_of(shape, "int8"), layers[0])[0].view(-1)[: 128 << 20]
+        sink = native.pack(spec_of(shape, "int8"), layers[0])[0].view(-1)
         for tokens in counts:
             done = measure(name, shape, contenders, tokens, len(layers), seconds, sink, limits)
             print_rows(done, statistics.median(limits.read), statistics.median(limits.fma), matmul)
             rows += done
         if name == names[0]:
-            packs = packing(shape, layers[0], formats)
+            packs = {} if args.no_packing else packing(shape, layers[0], formats)
             if not args.no_sweeps:
                 if amx and not args.one_core:
                     sweep_threads(shape, layers[0])

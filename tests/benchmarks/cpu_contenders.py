@@ -1,0 +1,114 @@
+"""Other projects' CPU experts, for cpu_experts_table.py: llama.cpp's ggml (or a fork of it) and vLLM's CPU kernels.
+
+Neither is a dependency. ``--ggml INCLUDE,LIBRARIES`` names the headers and the built libraries of a ggml (pip download
+the source of llama-cpp-python, then build ``ggml-base`` and ``ggml-cpu`` of its ``vendor/llama.cpp/ggml`` with cmake);
+``--vllm FILE`` names the extension of vLLM's CPU wheel for this instruction set, such as ``vllm/_C_AVX2.abi3.so``,
+built for the torch that runs.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import subprocess
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+Forward = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, int], torch.Tensor]
+Layers = list[dict[str, torch.Tensor]]
+
+# Types by the names ggml gives them, with the buffer that llama.cpp would keep them in, "" for the plain one.
+GGML_TYPES = (("bf16", ""), ("q8_0", ""), ("q4_0", "CPU_REPACK"))
+# A fork whose types hold rows side by side needs no such buffer.
+FORK_TYPES = ("bf16", "q8_0_r8", "q4_0_r8")
+
+
+@dataclass(frozen=True)
+class Foreign:
+    """Another project's experts. bytes: of one expert's weights; forward takes x (T, H), ids, weights (T, K), layer."""
+
+    name: str
+    forward: Forward
+    bytes: int
+
+
+def ggml_library(include: Path, libraries: Path) -> ctypes.CDLL:
+    """ggml_experts.c compiled against one ggml."""
+    source = Path(__file__).with_name("ggml_experts.c")
+    target = Path(tempfile.mkdtemp(prefix="ggml_experts_")) / "experts.so"
+    fork = "ggml_moe_up_gate" in (include / "ggml.h").read_text()
+    names = [n for n in ("ggml-cpu", "ggml-base", "ggml") if (libraries / f"lib{n}.so").exists()]
+    command = ["cc", "-O2", "-shared", "-fPIC", str(source), f"-I{include}", f"-L{libraries}", "-o", str(target)]
+    command += [f"-Wl,-rpath,{libraries}", *(f"-l{n}" for n in names), *(["-DGGML_FUSED_UP_GATE"] if fork else [])]
+    subprocess.run(command, check=True)
+    lib = ctypes.CDLL(str(target))
+    lib.experts_new.restype = ctypes.c_void_p
+    lib.experts_new.argtypes = [ctypes.c_int] * 5 + [ctypes.c_char_p]
+    lib.experts_add.restype = ctypes.c_int64
+    lib.experts_add.argtypes = [ctypes.c_void_p, ctypes.c_int] + [ctypes.c_void_p] * 3
+    lib.experts_forward.argtypes = [ctypes.c_void_p] + [ctypes.c_int] * 2 + [ctypes.c_void_p] * 4
+    lib.experts_type.argtypes = [ctypes.c_char_p]
+    return lib
+
+
+def ggml_experts(
+    where: str, sizes: tuple[int, int, int, int], layers: Layers, threads: int, only: str = ""
+) -> Iterator[Foreign]:
+    """One contender for every type of weight. sizes: hidden, intermediate, experts, chosen. only: these types."""
+    include, libraries, *label = where.split(",")
+    lib = ggml_library(Path(include), Path(libraries))
+    fork = lib.experts_type(b"q4_0_r8") >= 0
+    wanted = [(t, "") for t in FORK_TYPES] if fork else list(GGML_TYPES)
+    name = label[0] if label else "ggml fork" if fork else "ggml"
+    for kind, buffer in wanted:
+        number = lib.experts_type(kind.encode())
+        if number < 0 or (only and kind.split("_r")[0] not in only.split(":")):
+            continue
+        state = lib.experts_new(*sizes, threads, buffer.encode())
+        if not state:
+            continue
+        total = 0
+        for layer in layers:
+            gate, up = (t.float() for t in layer["gate_up"].chunk(2, dim=1))
+            gate, up, down = gate.contiguous(), up.contiguous(), layer["down"].float()
+            total = lib.experts_add(state, number, gate.data_ptr(), up.data_ptr(), down.data_ptr())
+            del gate, up, down
+        if not total:
+            print(f"{name} {kind} {buffer} is left out: ggml keeps no such weights", flush=True)
+            continue
+
+        def forward(
+            x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, layer: int, state: int = state
+        ) -> torch.Tensor:
+            x32, ids32, weights32 = x.float(), ids.int(), weights.float().contiguous()
+            out = torch.empty_like(x32)
+            tensors = (t.data_ptr() for t in (x32, ids32, weights32, out))
+            if lib.experts_forward(state, layer, x.shape[0], *tensors):
+                raise RuntimeError("ggml could not compute the graph")
+            return out.to(x.dtype)
+
+        yield Foreign(f"{name} {kind}{', repacked' if buffer else ''}", forward, total // sizes[2])
+
+
+def vllm_experts(where: str, layers: Layers) -> Foreign:
+    """vLLM's fused experts in bf16, its vector kernels."""
+    torch.ops.load_library(where)
+    prepacked = []
+    for layer in layers:
+        pair = []
+        for weight in (layer["gate_up"], layer["down"]):
+            out = torch.empty_like(weight)
+            torch.ops._C.prepack_moe_weight(weight, out, "vec")
+            pair.append(out)
+        prepacked.append(pair)
+
+    def forward(x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, layer: int) -> torch.Tensor:
+        out = torch.empty_like(x)
+        w13, w2 = prepacked[layer]
+        torch.ops._C.cpu_fused_moe(out, x, w13, w2, None, None, weights.float(), ids.int(), False, "silu", "vec")
+        return out
+
+    return Foreign("vLLM bf16", forward, sum(t[0].nbytes for t in layers[0].values()))
