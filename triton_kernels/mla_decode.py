@@ -91,6 +91,17 @@ def split_for(batch: int, heads: int, capacity: int, device: torch.device) -> tu
     return block, max(1, min(cdiv(2 * sms, batch * cdiv(heads, block)), units, 128))
 
 
+def _positions(block_heads: int, latent: torch.Tensor) -> int:
+    """Positions of a tile: 64 is up to a third faster than 32 (one H100), where the shared memory holds two of them
+    beside the queries (221 KB with 64 heads of 512)."""
+    if latent.dtype == torch.float32:
+        return 16
+    if not latent.is_cuda or latent.shape[3] > 512:
+        return 32
+    held = torch.cuda.get_device_properties(latent.device).shared_memory_per_block_optin
+    return 64 if block_heads == 16 or held >= 225_000 else 32
+
+
 @on_its_device
 def mla_decode(
     q_latent: torch.Tensor, q_rope: torch.Tensor, latent: torch.Tensor, k_rope: torch.Tensor,
@@ -109,7 +120,7 @@ def mla_decode(
     by_shape = split_for(B, H, capacity, latent.device)
     BH = (16 if latent.dtype == torch.float32 else by_shape[0]) if block_heads is None else block_heads
     n = by_shape[1] if parts is None else parts
-    BL = (16 if latent.dtype == torch.float32 else 32) if block is None else block
+    BL = _positions(BH, latent) if block is None else block
     acc = torch.empty(B, n, H, R, dtype=torch.float32, device=latent.device)
     stat = torch.empty(B, n, H, 2, dtype=torch.float32, device=latent.device)
     kind, by_head, m_strides = "", False, (0, 0, 0)
