@@ -263,6 +263,11 @@ def test_explain_counts_what_is_stored(tmp_path: Path) -> None:
     buffers = sum(b.numel() for b in plain.buffers())
     kept = sum(size for name, size in own.items() if "proj" not in name)
     assert found["devices"]["gpu0"]["bytes"] == packed + 4 * (kept + buffers)
+    configure(tmp_path, bits=8)  # which cannot be loaded, only placed
+    result = CliRunner().invoke(app, given[:-1])
+    assert result.exit_code == 0 and "stored quantised (gptq)" in json.loads(result.stdout)["warnings"][0]
+    result = CliRunner().invoke(app, given)
+    assert result.exit_code != 0 and "its weights have 8 bits" in result.stderr
 
 
 def test_a_rule_may_name_the_modules_own_class(tmp_path: Path) -> None:

@@ -215,3 +215,19 @@ def test_a_rule_keeps_the_bits_where_it_allows_them() -> None:
 def test_scales_that_do_not_fit() -> None:
     with pytest.raises(KtfxError, match="has scales"):
         dequantize_blocks(torch.zeros(8, 8).to(torch.float8_e4m3fn), torch.ones(3, 1), (4, 4), torch.float32)
+
+
+def test_the_ops_are_what_they_say() -> None:
+    from ktfx.ops.experts import ExpertsSpec
+
+    g = torch.Generator().manual_seed(0)
+    parts = [quantize(torch.randn(3, *shape, generator=g), "int4-g32").tensors() for shape in ((32, 64), (64, 16))]
+    spec = ExpertsSpec(num_experts=3, hidden=64, intermediate=16, weights="int4-g32").encode()
+    x, ids = torch.randn(5, 64, generator=g), torch.randint(0, 3, (5, 2), generator=g)
+    order = torch.stack([torch.randperm(64, generator=g) for _ in range(6)]).view(3, 2, 64)
+    for given in (None, order):
+        arguments = (x, ids, torch.rand(5, 2, generator=g), *parts, [], given, spec, [])
+        torch.library.opcheck(torch.ops.ktfx.stored_experts.default, arguments)
+    weight = quantize(torch.randn(24, 64, generator=g), "int4zp").tensors()
+    for bias in (None, torch.randn(24, generator=g)):
+        torch.library.opcheck(torch.ops.ktfx.stored_linear.default, (x.view(5, 1, 64), *weight, bias, "int4zp", []))

@@ -992,9 +992,9 @@ KTFX_INLINE void peaks(const char* x, int64_t k0, int64_t k1, int t, vf& above, 
 // The code stands minifloat_base above zero.
 template <int mantissa, int least>
 KTFX_INLINE vi minifloat(vf v) {
-  const vi exponent = (vi)vmax(v, splat(least == 0 ? 1.0f : 0x1p-6f)) & 0x7f800000;
-  const vi shift = exponent + ((23 - mantissa) << 23);
-  return (vi)(v + as_float(shift)) - shift + (exponent >> (23 - mantissa));
+  const vu exponent = (vu)vmax(v, splat(least == 0 ? 1.0f : 0x1p-6f)) & 0x7f800000u;
+  const vu shift = exponent + ((23u - mantissa) << 23);  // wraps for inf, which is refused elsewhere
+  return (vi)((vu)(v + as_float((vi)shift)) - shift + (exponent >> (23 - mantissa)));
 }
 constexpr uint32_t minifloat_base(int mantissa, int least) { return (uint32_t)(127 + least) << mantissa; }
 

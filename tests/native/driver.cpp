@@ -193,6 +193,53 @@ void check_formats() {
   CHECK(ktfx_set_isa("none such") == KTFX_BAD_ARGUMENT);
 }
 
+// Rows and columns in either order of memory, from sources of every dtype without slack, give the same tiles; a value that is
+// not finite is found.
+void check_packing() {
+  const std::string names = ktfx_isas();
+  const int N = 2 * 200, K = 150;
+  const std::vector<float> from = randoms((int64_t)N * K, 11);
+  for (size_t at = 0; at < names.size();) {
+    const size_t end = std::min(names.find(',', at), names.size());
+    CHECK(ktfx_set_isa(names.substr(at, end - at).c_str()) == KTFX_OK);
+    at = end + 1;
+    for (int format = KTFX_FMT_FP8; format <= KTFX_FMT_MXFP4; ++format)
+      for (int dtype : {KTFX_F32, KTFX_BF16, KTFX_F16}) {
+        const int e = dtype == KTFX_F32 ? 4 : 2;
+        std::vector<char> plain((size_t)N * K * e), turned(plain.size());
+        for (int n = 0; n < N; ++n)
+          for (int k = 0; k < K; ++k) {
+            uint32_t bits;
+            memcpy(&bits, &from[(int64_t)n * K + k], 4);
+            if (dtype == KTFX_BF16) bits >>= 16;
+            if (dtype == KTFX_F16) bits = 0x2000 | (bits >> 16 & 0x9fff);
+            memcpy(plain.data() + ((int64_t)n * K + k) * e, &bits, e);
+            memcpy(turned.data() + ((int64_t)k * N + n) * e, &bits, e);
+          }
+        ktfx_matrix m;
+        CHECK(ktfx_matrix_layout(&m, format, 64, dtype, N, K, 1) == KTFX_OK);
+        const int64_t bytes = m.tiles * m.tile_bytes;
+        std::unique_ptr<uint8_t, void (*)(void*)> a(aligned(bytes), free), b(aligned(bytes), free);
+        ktfx_source s = {};
+        char message[KTFX_MESSAGE];
+        s.dtype = dtype;
+        s.data = plain.data();
+        s.row_stride = K;
+        s.column_stride = 1;
+        CHECK(ktfx_pack(&m, &s, 1, a.get(), message) == KTFX_OK);
+        s.data = turned.data();
+        s.row_stride = 1;
+        s.column_stride = N;
+        CHECK(ktfx_pack(&m, &s, 1, b.get(), message) == KTFX_OK);
+        CHECK(memcmp(a.get(), b.get(), bytes) == 0);
+        const uint32_t infinite = dtype == KTFX_F32 ? 0xff800000u : dtype == KTFX_BF16 ? 0xff80u : 0xfc00u;
+        memcpy(turned.data() + ((int64_t)(K - 1) * N + N - 1) * e, &infinite, e);
+        CHECK(ktfx_pack(&m, &s, 1, b.get(), message) == KTFX_BAD_ARGUMENT && strstr(message, "NaN"));
+      }
+  }
+  CHECK(ktfx_set_isa(names.substr(0, names.find(',')).c_str()) == KTFX_OK);
+}
+
 void check_errors() {
   auto layer = make_layer(3, 32, 16, KTFX_FMT_F32, 0, false);
   auto in = make_inputs(*layer, 5, 2);
@@ -278,6 +325,7 @@ void check_fork() {
 int main(int argc, char** argv) {
   CHECK(ktfx_abi() == KTFX_ABI && ktfx_set_threads(3, 1) == KTFX_OK);
   check_formats();
+  check_packing();
   check_errors();
   check_profile();
   check_threads();
