@@ -54,8 +54,9 @@ def test_zeros_stay_zeros_and_what_is_not_finite_spreads_over_its_block() -> Non
 @pytest.mark.parametrize("weights", ["int4", "int4zp", "int8", "mxfp4"])
 def test_a_product_is_as_near_as_the_inputs_dtype_allows(weights: str) -> None:
     """Against float64 over the same weights, before the result is rounded: 2⁻¹⁶ a value, not bfloat16's 2⁻⁹."""
-    from ktfx.ops.linear import LinearSpec, linear_kernel
     from ktfx.triton_kernels.matmul import stored_weight
+
+    from ktfx.ops.linear import LinearSpec, linear_kernel
 
     spec, device = LinearSpec(256, 24, weights), normal(1).device
     kernel = linear_kernel("triton")

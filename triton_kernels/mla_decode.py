@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from ktfx.triton_kernels.dependent_launch import dependent, wait_for_previous
 from ktfx.triton_kernels.dequant import narrow, product
-from ktfx.triton_kernels.launch import cdiv, on_its_device, pow2, sm_count
+from ktfx.triton_kernels.launch import cdiv, on_its_device, pow2, shared_memory, sm_count
 from ktfx.triton_kernels.online_softmax import masked, part_of, softmax_step
 
 
@@ -98,8 +98,7 @@ def _positions(block_heads: int, latent: torch.Tensor) -> int:
         return 16
     if not latent.is_cuda or latent.shape[3] > 512:
         return 32
-    held = torch.cuda.get_device_properties(latent.device).shared_memory_per_block_optin
-    return 64 if block_heads == 16 or held >= 225_000 else 32
+    return 64 if block_heads == 16 or shared_memory(latent.device) >= 225_000 else 32
 
 
 @on_its_device
