@@ -349,7 +349,7 @@ def measure(
         which, layer = rounds % len(sets), rounds % layers
         time.sleep(PAUSE)
         pieces = sink.split(READ_PIECE)[: max(1, sink.numel() // READ_PIECE)]
-        lib.ktfx_measure_read(pieces[rounds % len(pieces)].data_ptr(), READ_PIECE // 8)
+        lib.ktfx_measure_read(pieces[rounds % len(pieces)].data_ptr(), pieces[0].numel() // 8)
         piece = pieces[(rounds + 1) % len(pieces)]  # not what the last round read: it may lie in a large cache
         start = now()
         lib.ktfx_measure_read(piece.data_ptr(), piece.numel())
