@@ -103,8 +103,10 @@ LAYOUTS = {
 }
 
 
-@pytest.mark.parametrize("family", ["qwen3_moe", "deepseek_v3"])
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(
+    ("layout", "family"),
+    [*((name, "qwen3_moe") for name in LAYOUTS), *((name, "deepseek_v3") for name in ("gptq-act-order", "awq", "fp8"))],
+)
 def test_every_bit_and_the_logits(tmp_path: Path, layout: str, family: str) -> None:
     plain = files.write(tmp_path, LAYOUTS[layout], family, **(SIZES if family == "qwen3_moe" else DEEPSEEK))
     model = ktfx.restore(load(tmp_path))
