@@ -1,0 +1,134 @@
+"""Every decode kernel goes through Triton's compiler for Hopper, without a GPU, with the arguments of a decode step.
+
+The interpreter takes what the compiler does not: an argument that is 1 becomes a Python number there, and a tile with
+another layout. What is compiled here is not run.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+
+from ktfx.ops import load_ops
+from ktfx.ops.experts import ExpertsSpec, experts_kernel
+from ktfx.ops.linear import LinearSpec, linear_kernel
+
+triton = pytest.importorskip("triton")
+pytestmark = [
+    pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="the compiler is wanted"),
+    pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU's own tests compile them"),
+]
+BF16 = torch.bfloat16
+
+
+class Hopper:
+    """As much of a driver as a compile asks for."""
+
+    def get_current_target(self) -> Any:
+        from triton.backends.compiler import GPUTarget
+
+        return GPUTarget("cuda", 90, 32)
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+@pytest.fixture
+def compiled(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+    """Launches compile and do not run; the names of the kernels."""
+    import ktfx.triton_kernels.dependent_launch as dependent_launch
+    from triton.runtime.jit import JITFunction
+
+    names: list[str] = []
+    run = JITFunction.run
+
+    def warm(self: Any, *args: Any, **kwargs: Any) -> Any:
+        names.append(self.__name__)
+        return run(self, *args, **{**kwargs, "warmup": True})
+
+    monkeypatch.setattr(JITFunction, "run", warm)
+    monkeypatch.setattr(dependent_launch, "_supported", lambda device: True)
+    monkeypatch.setattr(triton.runtime.driver, "_active", Hopper())
+    yield names
+
+
+def decode_tensors(**shapes: tuple[int, ...]) -> dict[str, torch.Tensor]:
+    return {name: torch.zeros(shape, dtype=BF16) for name, shape in shapes.items()}
+
+
+def ropes() -> None:
+    from ktfx.triton_kernels.rope import CacheRows, norm_rope, norm_rope_write, rope
+
+    t = decode_tensors(q=(1, 32, 1, 128), k=(1, 4, 1, 128), cache=(1, 4, 1024, 128), table=(1, 1, 64), w=(128,))
+    rope(t["q"], t["table"], t["table"], "half")
+    norm_rope(t["q"], t["k"], t["table"], t["table"], "half", [t["w"]] * 2, 1e-6, "llama")
+    cache = CacheRows(t["cache"], t["cache"].clone(), torch.tensor(3), t["k"].clone(), True)
+    norm_rope_write(t["q"], t["k"], t["table"], t["table"], "half", [t["w"]] * 2, 1e-6, "llama", cache)
+
+
+def caches() -> None:
+    from ktfx.triton_kernels.cache_write import cache_write
+
+    t = decode_tensors(latent=(1, 1, 64, 512), rope=(1, 1, 64, 64), c=(1, 1, 1, 512), r=(1, 1, 1, 64))
+    cache_write(t["latent"], t["rope"], torch.tensor(3), t["c"], t["r"], True)
+
+
+def linears() -> None:
+    from ktfx.triton_kernels.linear_rows import linear_rows, norm_linear_rows
+
+    t = decode_tensors(x=(1, 1, 2048), r=(1, 1, 2048), norm=(2048,), q=(4096, 2048), k=(512, 2048))
+    norm_linear_rows(t["x"], t["r"], t["norm"], 1e-6, "llama", [t["q"], t["k"], t["k"]], [])
+    linear_rows(torch.zeros(1, 4096, dtype=BF16), [torch.zeros(2048, 4096, dtype=BF16)], [])
+
+
+def attentions() -> None:
+    from ktfx.triton_kernels.attention_decode import attention_decode_masked
+    from ktfx.triton_kernels.mla_decode import mla_decode
+
+    t = decode_tensors(q=(1, 32, 1, 128), cache=(1, 4, 256, 128), latent=(1, 1, 256, 512), rope=(1, 1, 256, 64))
+    mask, bounds = torch.ones(1, 1, 1, 256, dtype=torch.bool), torch.tensor([[0, 5]], dtype=torch.int32)
+    attention_decode_masked(t["q"], t["cache"], t["cache"], mask, bounds, 1.0, None, 0.0, torch.empty_like(t["q"]))
+    q, out = torch.zeros(1, 16, 1, 512, dtype=BF16), torch.empty(1, 16, 1, 512, dtype=BF16)
+    mla_decode(q, torch.zeros(1, 16, 1, 64, dtype=BF16), t["latent"], t["rope"], mask, bounds, 1.0, out)
+
+
+def quantised(weights: str) -> None:
+    from ktfx.triton_kernels.experts import routed_experts
+    from ktfx.triton_kernels.linear import linear
+
+    spec = LinearSpec(256, 64, weights)
+    packed = linear_kernel("triton").pack(spec, torch.ones(64, 256, dtype=BF16), torch.device("cpu"))
+    linear(torch.zeros(1, 256, dtype=BF16), packed, None, weights, 64)
+    experts = ExpertsSpec(4, 128, 64, weights=weights)
+    gate_up, down = torch.ones(4, 128, 128, dtype=BF16), torch.ones(4, 128, 64, dtype=BF16)
+    parts = experts_kernel("triton").pack(experts, {"gate_up": gate_up, "down": down}, torch.device("cpu"))
+    ids, share = torch.zeros(1, 2, dtype=torch.int64), torch.ones(1, 2, dtype=BF16)
+    routed_experts(experts, torch.zeros(1, 128, dtype=BF16), ids, share, parts)
+
+
+CASES: dict[str, tuple[Callable[[], None], set[str]]] = {
+    "ropes": (ropes, {"_norm_rope_kernel"}),
+    "caches": (caches, {"_cache_write_kernel"}),
+    "linears": (linears, {"_rows_kernel"}),
+    "attentions": (attentions, {"_part_kernel", "_merge_kernel"}),
+    **{
+        w: (partial(quantised, w), {"_rows_kernel", "_pairs_up_kernel", "_pairs_down_kernel"})
+        for w in ("model", "int4", "int4zp", "int8", "mxfp4", "fp8")
+    },
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_compiles(case: str, compiled: list[str]) -> None:
+    load_ops()
+    call, kernels = CASES[case]
+    call()
+    assert kernels <= set(compiled)
