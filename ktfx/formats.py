@@ -272,13 +272,17 @@ def _symmetric(
     w_NGg: torch.Tensor, low: int, high: int, dtype: torch.dtype, search: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Codes in [low, high] and scales (N, G) of ``dtype`` for w ≈ code · scale."""
-    plain = w_NGg.abs().amax(-1) / high
+    above, below = w_NGg.amax(-1), w_NGg.amin(-1)
+    plain = torch.maximum(above, -below) / high
 
     def codes_for(scale: torch.Tensor) -> torch.Tensor:
         safe = torch.where(scale == 0, 1.0, scale.float())
         return (w_NGg / safe[..., None]).round_().clamp_(low, high)
 
     best = plain.to(dtype)
+    if -low > high:
+        # One code more below zero: it goes to the largest magnitude, by a scale of the other sign if that lies above.
+        best = (torch.where(above >= -below, above, below) / low).to(dtype)
     if search:
         least = torch.full_like(plain, float("inf"))
         for ratio in (*_RATIOS, *(-r for r in _RATIOS)):

@@ -1022,6 +1022,7 @@ KTFX_INLINE vi code_of(vf x, vf divisor, vf zero) {
   constexpr float low = F == KTFX_FMT_INT8 ? -127.0f : F == KTFX_FMT_INT4 ? -8.0f : 0.0f;
   constexpr float high = F == KTFX_FMT_INT8 ? 127.0f : F == KTFX_FMT_INT4 ? 7.0f : 15.0f;
   if constexpr (!Plain || F == KTFX_FMT_INT4ZP) v = vmin(vmax(v, splat(low)), splat(high));
+  else if constexpr (F == KTFX_FMT_INT4) v = vmin(v, splat(high));  // the range has one code less on this side
   // The addition rounds to the nearest integer and makes it positive; INT8's sign is put right in the whole word.
   constexpr float positive = F == KTFX_FMT_INT8 ? 128.0f : F == KTFX_FMT_INT4 ? 8.0f : 0.0f;
   return (vi)(v + (12582912.0f + positive));
@@ -1075,7 +1076,7 @@ bool encode_as(const ktfx_matrix* m, const char* x, int32_t k0, int32_t k1, cons
         for (int r = t * L; r < (t + 1) * L; ++r)
           for (int64_t b = (k - k0) * bytes; b < (end - k0) * bytes; b += 64) __builtin_prefetch(ahead[r] + b, 0, 2);
       vf above = {}, below = {}, zero = {}, divisor;
-      if constexpr (step == 8) peaks<D, F == KTFX_FMT_INT4ZP>(x, k - k0, end - k0, t, above, below, bad);
+      if constexpr (step == 8) peaks<D, F != KTFX_FMT_MXFP4>(x, k - k0, end - k0, t, above, below, bad);
       uint8_t* scales = tile + m->scale_offset;
       const int64_t at = g * kTile + t * L;
       if constexpr (step == 4) {
@@ -1089,8 +1090,9 @@ bool encode_as(const ktfx_matrix* m, const char* x, int32_t k0, int32_t k1, cons
         for (int i = 0; i < L; ++i) scales[at + i] = (uint8_t)each[i];
         divisor = as_float((254 - exponent) << 23);
       } else {
-        const vf range = F == KTFX_FMT_INT4 ? above / 7.0f : (above + below) / 15.0f;
-        divisor = store_scale(range, m->scale_dtype, scales + at * scale_bytes(m->scale_dtype));
+        // INT4's largest magnitude becomes -8, by a scale of the other sign where it lies above zero.
+        const vf scale = F == KTFX_FMT_INT4 ? pick(above >= below, above, -below) / -8.0f : (above + below) / 15.0f;
+        divisor = store_scale(scale, m->scale_dtype, scales + at * scale_bytes(m->scale_dtype));
       }
       divisor = pick(divisor == 0.0f, splat(1.0f), divisor);
       if constexpr (F == KTFX_FMT_INT4ZP) {
@@ -1099,7 +1101,7 @@ bool encode_as(const ktfx_matrix* m, const char* x, int32_t k0, int32_t k1, cons
         store(each, nearest(zero));
         for (int i = 0; i < L; ++i) tile[m->zero_offset + at + i] = (uint8_t)each[i];
       }
-      const vi coarse = divisor < (step == 8 && m->scale_dtype == KTFX_F16 ? 0x1p-18f : 0x1p-100f);
+      const vi coarse = vabs(divisor) < (step == 8 && m->scale_dtype == KTFX_F16 ? 0x1p-18f : 0x1p-100f);
       int32_t any = 0;
       for (int i = 0; i < L; ++i) any |= coarse[i];
       const char* from = x + (k - k0) * kTile * bytes;
