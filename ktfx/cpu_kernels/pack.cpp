@@ -79,6 +79,42 @@ void gather(const ktfx_matrix& m, const ktfx_source& s, const int64_t* plain, in
     for (int i = 0; i < n; ++i) ((T*)out[i])[k] = from[i][k * s.column_stride];
 }
 
+// A transposed source has a tile's 16 rows side by side: what KernelTable::transpose would make of them can be read as it
+// lies. step: 2 where gate's and up's rows alternate.
+template <class T, int step>
+void turn_columns_of(const T* from, int64_t stride, int64_t K, int64_t k0, int64_t k1, uint32_t* out) {
+  for (int64_t k = k0; k < k1; k += 4 / (int64_t)sizeof(T), out += kTile) {
+    const T *a = from + k * stride, *b = a + stride;
+    if constexpr (sizeof(T) == 4) {
+      for (int i = 0; i < kTile; ++i) out[i] = k < K ? a[i * step] : 0u;
+    } else if (k + 1 < K) {
+      for (int i = 0; i < kTile; ++i) out[i] = (uint32_t)a[i * step] | (uint32_t)b[i * step] << 16;
+    } else {
+      for (int i = 0; i < kTile; ++i) out[i] = k < K ? a[i * step] : 0u;
+    }
+  }
+}
+
+bool side_by_side(const ktfx_matrix& m, const ktfx_source& s, const int64_t* plain, int n) {
+  const int64_t last = s.interleaved ? 2 * (kTile - 1) : kTile - 1;
+  return s.column_stride != 1 && s.row_stride == 1 && n == kTile &&
+         source_row(m, s, plain[kTile - 1]) - source_row(m, s, plain[0]) == last;
+}
+
+// Inputs [k0, k1) of the 16 rows from `plain` on, which lie side by side.
+void turn_columns(const ktfx_matrix& m, const ktfx_source& s, int64_t plain, int64_t k0, int64_t k1, uint32_t* out) {
+  const int64_t row = source_row(m, s, plain), stride = s.column_stride;
+  const uint16_t* halves = (const uint16_t*)s.data + row;
+  const uint32_t* floats = (const uint32_t*)s.data + row;
+  if (dtype_bytes(s.dtype) == 2) {
+    if (s.interleaved) turn_columns_of<uint16_t, 2>(halves, stride, m.K, k0, k1, out);
+    else turn_columns_of<uint16_t, 1>(halves, stride, m.K, k0, k1, out);
+  } else {
+    if (s.interleaved) turn_columns_of<uint32_t, 2>(floats, stride, m.K, k0, k1, out);
+    else turn_columns_of<uint32_t, 1>(floats, stride, m.K, k0, k1, out);
+  }
+}
+
 // The source's n rows `plain`, zeros from K to Kp; where they lie as they are needed they are not copied to `buffers`.
 void read_rows(const Packing& p, const ktfx_source& s, const int64_t* plain, int n, uint32_t* const* buffers,
                const uint32_t** rows) {
@@ -228,10 +264,11 @@ void separate_halves(uint8_t* tile, int64_t W) {
   }
 }
 
-// A tile whose values are rounded; rows past the n-th are zeros. then: the tile that comes next. scale_in: FP8's, and
-// room for INT8's. turned: room for transposed rows. false: it holds NaN or inf.
-bool pack_rounded(const Packing& p, const ktfx_source& s, const uint32_t* const* rows, int n, int64_t then,
-                  float* scale_in, std::vector<uint32_t>& turned, uint8_t* out) {
+// A tile whose values are rounded; rows past the n-th are zeros. columns: not -1, the first of 16 rows that lie side by
+// side and are not in `rows`. then: the tile that comes next. scale_in: FP8's, and room for INT8's. turned: room for
+// transposed rows. false: it holds NaN or inf.
+bool pack_rounded(const Packing& p, const ktfx_source& s, const uint32_t* const* rows, int n, int64_t columns,
+                  int64_t then, float* scale_in, std::vector<uint32_t>& turned, uint8_t* out) {
   const ktfx_matrix& m = *p.m;
   const int e = dtype_bytes(s.dtype);
   if (m.format == KTFX_FMT_INT8)
@@ -250,9 +287,13 @@ bool pack_rounded(const Packing& p, const ktfx_source& s, const uint32_t* const*
   bool good = true;
   for (int32_t k = 0; k < m.Kp; k += kEncodeInputs) {
     const int32_t end = std::min(k + kEncodeInputs, m.Kp);
-    const uint32_t* at[kTile];
-    for (int i = 0; i < kTile; ++i) at[i] = (const uint32_t*)((const char*)rows[i] + (int64_t)k * e);
-    p.kernels->transpose(at, (int64_t)(end - k) * e / 4, turned.data());
+    if (columns >= 0) {
+      turn_columns(m, s, columns, k, end, turned.data());
+    } else {
+      const uint32_t* at[kTile];
+      for (int i = 0; i < kTile; ++i) at[i] = (const uint32_t*)((const char*)rows[i] + (int64_t)k * e);
+      p.kernels->transpose(at, (int64_t)(end - k) * e / 4, turned.data());
+    }
     good &= p.kernels->encode(&m, s.dtype, turned.data(), k, end, scale_in, fetch ? ahead : nullptr, out);
     for (int i = 0; i < kTile && fetch; ++i) ahead[i] += (int64_t)(end - k) * e;
   }
@@ -283,10 +324,13 @@ bool pack_tiles(const Packing& p, int64_t expert, int64_t first, int64_t last, i
       int64_t plain[kTile];
       int n = 0;  // rows past the end are the last ones
       while (n < kTile && (plain[n] = plain_row(m, tile, n)) >= 0) ++n;
-      read_rows(p, s, plain, n, own.rows, rows);
+      // INT8's and FP8's scales are found row by row.
+      const int64_t columns = (floats || four_bits(m.format)) && side_by_side(m, s, plain, n) ? plain[0] : -1;
+      if (columns < 0) read_rows(p, s, plain, n, own.rows, rows);
       std::fill(rows + n, rows + kTile, own.rows[kTile]);
       if (floats) {
-        p.kernels->transpose(rows, row_words(m), (uint32_t*)out);
+        if (columns >= 0) turn_columns(m, s, columns, 0, m.Kp, (uint32_t*)out);
+        else p.kernels->transpose(rows, row_words(m), (uint32_t*)out);
         if (m.format == KTFX_FMT_F16) separate_halves(out, row_words(m));
       } else {
         for (int i = 0; i < kTile && block_scaled; ++i) {
@@ -294,7 +338,7 @@ bool pack_tiles(const Packing& p, int64_t expert, int64_t first, int64_t last, i
           for (int64_t g = 0; g < G; ++g) scale_in[g * kTile + i] = of ? of[g] : 0.0f;
         }
         const int64_t then = tile + (!block_scaled || first % stride + 1 < stride ? 1 : p.tiles_task - stride + 1);
-        good &= pack_rounded(p, s, rows, n, then, scale_in.data(), turned, out);
+        good &= pack_rounded(p, s, rows, n, columns, then, scale_in.data(), turned, out);
       }
     }
     const int64_t used = m.zero_offset + (m.format == KTFX_FMT_INT4ZP ? G * kTile : 0);
