@@ -121,7 +121,7 @@ def test_strides_do_not_matter() -> None:
     seed=st.integers(0, 1000), n=st.integers(1, 9), k=st.integers(1, 140), scale=st.sampled_from([1e-6, 1.0, 1e4]),
     name=st.sampled_from(QUANTISED),
 )  # fmt: skip
-def test_error_per_group_is_at_most_half_a_step_or_for_int4_one(seed: int, n: int, k: int, scale: float, name: str) -> None:
+def test_error_per_group_is_bounded_by_its_step(seed: int, n: int, k: int, scale: float, name: str) -> None:
     w = normal(n, k, seed=seed) * scale
     form, group = parse_format(name)
     back = dequantize(quantize(w, name))
