@@ -19,18 +19,18 @@ PASSES = ("resolve_rules", "fuse_norms", "decode_linears", "norm_linears")
 class Block(nn.Module):
     """x + residual, a norm, two layers that read it as rows, and the norm itself. early: another reader comes first."""
 
-    def __init__(self, early: bool = False, wide: int = 6, sums: bool = True) -> None:
+    def __init__(self, early: bool = False, wide: int = 6, sums: bool = True, size: int = 8) -> None:
         super().__init__()
         torch.manual_seed(0)
-        self.input_layernorm = LlamaRMSNorm(8)
-        self.gate, self.up = nn.Linear(8, wide, bias=False), nn.Linear(8, 8, bias=False)
-        self.early, self.sums = early, sums
+        self.input_layernorm = LlamaRMSNorm(size)
+        self.gate, self.up = nn.Linear(size, wide, bias=False), nn.Linear(size, size, bias=False)
+        self.early, self.sums, self.size = early, sums, size
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         total = x + x.tanh() if self.sums else x
         normed = self.input_layernorm(total)
         before = normed.exp() if self.early else 0.0
-        rows = normed.view(-1, 8)
+        rows = normed.view(-1, self.size)
         logits = self.gate(rows)
         return (self.up(rows) + rows + before).view_as(total) + total + logits.sum()
 
@@ -45,7 +45,7 @@ class Model(nn.Module):
 
 
 def run(rows: int = 1, **options: int) -> PassRun:
-    x = torch.randn(rows, 1, 8, generator=torch.Generator().manual_seed(1)).bfloat16()
+    x = torch.randn(rows, 1, options.get("size", 8), generator=torch.Generator().manual_seed(1)).bfloat16()
     done = run_passes(Model(**options).bfloat16(), GPU, x, passes=PASSES)
     torch.testing.assert_close(done.out, done.expected, atol=3e-2 * float(done.expected.abs().max()), rtol=0)
     return done
@@ -74,7 +74,12 @@ def test_it_changes_no_bit_on_the_host() -> None:
 
 
 @pytest.mark.parametrize(
-    "options, why", [({"early": True}, "reads it before"), ({"wide": 20000}, "outputs, and it is worked out again")]
+    "options, why",
+    [
+        ({"early": True}, "reads it before"),
+        ({"wide": 20000}, "outputs, and it is worked out again"),
+        ({"size": 4224}, "its rows of 4224 values"),
+    ],
 )
 def test_what_it_leaves_alone_and_why(options: dict[str, int], why: str) -> None:
     done = run(**options)
