@@ -130,6 +130,7 @@ def test_a_weight_written_in_place_is_seen_by_the_next_replay(stand_in: StandIn)
     torch.testing.assert_close(logits[5], before * 3.0, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_cuda_graphs_false_records_nothing(stand_in: StandIn) -> None:
     actual, expected = decode_both(tiny_model("qwen3_moe", layers=2), ONE_GPU, cuda_graphs=False)
     compare(actual, expected, 1e-4)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import pytest
 import torch
 from families import tiny_model
 from parity import check_parity
@@ -78,6 +79,7 @@ def test_prefill_keeps_its_products() -> None:
     assert done.ops["aten.linear.default"] == 7
 
 
+@pytest.mark.slow
 def test_parity_in_bfloat16() -> None:
     model = tiny_model("qwen3_moe").to(torch.bfloat16)
     rules = {"ktfx": 1, "devices": {"gpu0": "cuda:0"}, "default_device": "gpu0", "rules": []}

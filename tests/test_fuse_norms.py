@@ -160,6 +160,7 @@ def test_an_unknown_device() -> None:
         run(LlamaRMSNorm, options={"fuse_norms": FuseNorms.Options(device="cudda")})
 
 
+@pytest.mark.slow
 def test_sums_at_layer_borders_stay_where_layers_lie_on_several_devices() -> None:
     from families import tiny_model
     from parity import run_steps, static_cache, two_gpus_host

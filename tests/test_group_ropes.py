@@ -95,6 +95,7 @@ def test_a_prefill_and_a_q_that_k_needs_are_left_alone() -> None:
     assert grouped(early) == [] and "before the other" in " ".join(m.why for m in early.records[-1].misses)
 
 
+@pytest.mark.slow
 def test_parity_on_every_step() -> None:
     rules = {"ktfx": 1, "devices": {"gpu0": "cuda:0"}, "default_device": "gpu0", "rules": []}
     state, _ = check_parity(tiny_model("qwen3_moe"), rules, keep_graphs=True)

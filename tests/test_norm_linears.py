@@ -86,7 +86,7 @@ def test_what_it_leaves_alone_and_why(options: dict[str, int], why: str) -> None
     assert whats(done) == [] and why in " ".join(m.why for m in done.records[-1].misses)
 
 
-@pytest.mark.parametrize("family", ["qwen3_moe", "deepseek_v3"])
+@pytest.mark.parametrize("family", ["qwen3_moe", pytest.param("deepseek_v3", marks=pytest.mark.slow)])
 def test_parity_on_every_step(family: str) -> None:
     rules = {"ktfx": 1, "devices": {"gpu0": "cuda:0"}, "default_device": "gpu0", "rules": []}
     model = tiny_model(family, layers=2).bfloat16()

@@ -129,7 +129,7 @@ def test_a_write_that_fails_leaves_the_old_file_and_no_other(tmp_path, monkeypat
     assert empty.written == 0
 
 
-@pytest.mark.parametrize("release", [False, "lossy"])
+@pytest.mark.parametrize("release", [pytest.param(False, marks=pytest.mark.slow), "lossy"])
 def test_a_model_compiled_again_reads_its_packs(tmp_path, release):
     ids = torch.randint(2, 90, (1, 7), generator=torch.Generator().manual_seed(1))
     rules = {

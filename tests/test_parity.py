@@ -100,7 +100,7 @@ def test_every_placement(placement):
         assert graph.built.written_back == 0, "a cache was copied instead of updated in place"
 
 
-@pytest.mark.parametrize("placement", ["two_gpus", "experts_on_host"])
+@pytest.mark.parametrize("placement", ["two_gpus", pytest.param("experts_on_host", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("family", ["gpt_oss", "deepseek_v3"])
 def test_placements_of_other_layouts(placement, family):
     check(tiny_model(family), rules_of(placement), steps=8)
@@ -131,6 +131,7 @@ def test_inductor_two_gpus_and_host():
     assert all(g.built.written_back == 0 for g in state.graphs)
 
 
+@pytest.mark.slow
 def test_past_a_forced_graph_break():
     model = tiny_model("qwen3_moe")
     layer = model.model.layers[1]

@@ -131,7 +131,7 @@ def test_generate_makes_its_masks_by_the_long_layers(counted: Counted, family: s
     assert "prepare_inputs_for_generation" not in model.__dict__
 
 
-@pytest.mark.parametrize("given", [False, True])
+@pytest.mark.parametrize("given", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_chunked_prefill_and_a_cache_of_the_callers(counted: Counted, given: bool) -> None:
     model = two_layers("gpt_oss")
     settings: dict[str, Any] = {"max_new_tokens": WINDOW + 8, "do_sample": False, "prefill_chunk_size": 5}

@@ -161,7 +161,7 @@ def test_strided_inputs_and_the_op() -> None:
     assert_close(out, exact, torch.float32)
 
 
-@settings(max_examples=6 if FEW else 60, deadline=None)
+@settings(max_examples=4 if FEW else 60, deadline=None)
 @given(
     T=st.integers(1, 20), E=st.integers(1, 9), h=st.integers(1, 70), i=st.integers(1, 70), seed=st.integers(0, 99),
     weights=st.sampled_from(FORMATS), dtype=st.sampled_from(DTYPES), data=st.data(),

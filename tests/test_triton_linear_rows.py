@@ -16,7 +16,7 @@ from ktfx.ops.norms import KINDS, rms_norm_reference
 pytestmark = needs_kernels
 
 
-@settings(max_examples=12 if FEW else 120, deadline=None)
+@settings(max_examples=6 if FEW else 120, deadline=None)
 @given(
     M=st.integers(0, 2), K=st.integers(1, 150), sizes=st.lists(st.integers(1, 40), min_size=1, max_size=4),
     dtype=st.sampled_from(DTYPES), bias=st.booleans(), R=st.sampled_from([1, 2, 4]), BK=st.sampled_from([16, 64, 256]),
@@ -37,7 +37,7 @@ def test_values(
         assert_close(y, F.linear(x.double(), w.double(), biases[i].double() if bias else None), dtype)
 
 
-@settings(max_examples=12 if FEW else 120, deadline=None)
+@settings(max_examples=6 if FEW else 120, deadline=None)
 @given(
     M=st.integers(1, 2), K=st.integers(1, 150), sizes=st.lists(st.integers(1, 20), min_size=1, max_size=4),
     dtype=st.sampled_from(DTYPES), kind=st.sampled_from(KINDS), add=st.booleans(), R=st.sampled_from([1, 2, 4]),

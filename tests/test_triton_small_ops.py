@@ -14,7 +14,7 @@ from ktfx.ops.rope import STYLES, rope_reference
 from ktfx.ops.router import route_reference
 
 pytestmark = needs_kernels
-EXAMPLES = 8 if FEW else 80
+EXAMPLES = 6 if FEW else 80
 
 
 @settings(max_examples=EXAMPLES, deadline=None)

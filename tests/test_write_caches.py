@@ -41,7 +41,12 @@ def unit_calls(state: Any, name: str) -> list[fx.Node]:
     "family, what, op",
     [
         ("qwen3_moe", "norm, rope and the cache's update → ktfx.norm_rope_write", "ktfx.norm_rope_write_.default"),
-        ("mixtral", "norm, rope and the cache's update → ktfx.norm_rope_write", "ktfx.norm_rope_write_.default"),
+        pytest.param(
+            "mixtral",
+            "norm, rope and the cache's update → ktfx.norm_rope_write",
+            "ktfx.norm_rope_write_.default",
+            marks=pytest.mark.slow,
+        ),
         ("deepseek_v3", "a cache's update → ktfx.cache_write", "ktfx.cache_write_.default"),
     ],
 )
