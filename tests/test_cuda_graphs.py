@@ -87,7 +87,7 @@ def decode_both(model: Any, rules: Any, steps: int = 12, batch: int = 1, **optio
     return run_steps(model, ids, steps, static_cache(model, 32)), expected
 
 
-@pytest.mark.parametrize("family", ["qwen3_moe", "deepseek_v3"])
+@pytest.mark.parametrize("family", ["qwen3_moe", pytest.param("deepseek_v3", marks=pytest.mark.slow)])
 def test_replayed_steps_equal_eager_with_experts_on_the_host_and_two_gpus(stand_in: StandIn, family: str) -> None:
     actual, expected = decode_both(tiny_model(family, layers=4), two_gpus_host(4, "experts.aten"))
     compare(actual, expected, 1e-4)

@@ -50,7 +50,9 @@ def _no_limits(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     yield
 
 
-@pytest.mark.parametrize("fault", FAULTS)
+@pytest.mark.parametrize(
+    "fault", [pytest.param(f, marks=pytest.mark.slow) if f == "wrong_literal" else f for f in FAULTS]
+)
 def test_bisect_finds_the_rewrite_in_log2_runs(fault: str) -> None:
     oracle = numerics_oracle([_replay(fault)])
     found = bisect(oracle)

@@ -105,7 +105,11 @@ LAYOUTS = {
 
 @pytest.mark.parametrize(
     ("layout", "family"),
-    [*((name, "qwen3_moe") for name in LAYOUTS), *((name, "deepseek_v3") for name in ("gptq-act-order", "awq", "fp8"))],
+    [
+        *((name, "qwen3_moe") for name in LAYOUTS),
+        *(pytest.param(name, "deepseek_v3", marks=pytest.mark.slow) for name in ("gptq-act-order", "awq")),
+        ("fp8", "deepseek_v3"),
+    ],
 )
 def test_every_bit_and_the_logits(tmp_path: Path, layout: str, family: str) -> None:
     plain = files.write(tmp_path, LAYOUTS[layout], family, **(SIZES if family == "qwen3_moe" else DEEPSEEK))
