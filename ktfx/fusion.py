@@ -28,6 +28,13 @@ def device_name(node: fx.Node, context: PassContext) -> str:
     return context.resolution.glue_device(info(node).module, context.phase)
 
 
+@dataclass(frozen=True)
+class OnDevice(Pass.Options):
+    """device: where: a kind (``cuda``, ``cpu``), a device name, or ``any``."""
+
+    device: str = "cuda"
+
+
 def is_on(asked: str, name: str, ruleset: Ruleset) -> bool:
     """Whether a device name is what ``asked`` means: itself, or its kind (``cuda``, ``cpu``).
 

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import fx
 
 from ktfx.canonical import strip, tensor_of
-from ktfx.fusion import device_name, is_asked
+from ktfx.fusion import OnDevice, device_name, is_asked
 from ktfx.graph import info, insert_call, op_name
 from ktfx.ops.linear_rows import MOST_ROWS, MOST_WEIGHTS
 from ktfx.pass_manager import Pass, PassContext, Rewrite, register_pass
@@ -32,13 +31,8 @@ class DecodeLinears(Pass):
     name = "decode_linears"
     numerics_preserving = True
 
-    @dataclass(frozen=True)
-    class Options:
-        """device: where: a kind (``cuda``, ``cpu``), a device name, or ``any``."""
-
-        device: str = "cuda"
-
-    options: Options
+    Options = OnDevice
+    options: OnDevice
 
     def run(self, gm: fx.GraphModule, context: PassContext) -> None:
         if context.phase != "generate":

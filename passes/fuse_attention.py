@@ -14,7 +14,7 @@ import torch
 from torch import fx
 
 from ktfx.canonical import CAST, op_family, same_shape, same_size, strip, tensor_of
-from ktfx.fusion import device_name, is_asked, role_module, spans_devices
+from ktfx.fusion import OnDevice, device_name, is_asked, role_module, spans_devices
 from ktfx.graph import info, insert_call, op_name
 from ktfx.matcher import Failure, Match, Matcher
 from ktfx.pass_manager import Pass, PassContext, Rewrite, register_pass
@@ -86,13 +86,8 @@ class FuseAttention(Pass):
     name = "fuse_attention"
     numerics_preserving = True
 
-    @dataclass(frozen=True)
-    class Options:
-        """device: where: a kind (``cuda``, ``cpu``), a device name, or ``any``."""
-
-        device: str = "cuda"
-
-    options: Options
+    Options = OnDevice
+    options: OnDevice
 
     def run(self, gm: fx.GraphModule, context: PassContext) -> None:
         if context.phase != "generate":

@@ -44,11 +44,13 @@ class NormLinears(Pass):
             if norm is None or norm in taken:
                 continue
             module = info(norm).module
-            why = _why_not(norm, node, order, context)
+            early = _early(norm, node, order)
+            why = _why_not(norm, node, context) or (early if isinstance(early, str) else None)
             if why is not None:
                 context.miss(module, f"norm_linears: {why}")
             elif context.allows("norm_linears", module):
-                _replace(gm.graph, context, norm, node, order, module)
+                assert not isinstance(early, str)
+                _replace(gm.graph, context, norm, node, early, module)
                 taken.add(norm)
         if len(context.rewrites) > before:
             gm.graph.eliminate_dead_code()
@@ -88,7 +90,7 @@ def _early(norm: fx.Node, call: fx.Node, order: dict[fx.Node, int]) -> list[fx.N
     return sorted(found, key=order.__getitem__)
 
 
-def _why_not(norm: fx.Node, call: fx.Node, order: dict[fx.Node, int], context: PassContext) -> str | None:
+def _why_not(norm: fx.Node, call: fx.Node, context: PassContext) -> str | None:
     weights: Any = call.args[1]
     outputs, inputs = sum(int(w.meta["val"].shape[0]) for w in weights), int(weights[0].meta["val"].shape[1])
     if inputs > MOST_INPUTS:
@@ -100,19 +102,16 @@ def _why_not(norm: fx.Node, call: fx.Node, order: dict[fx.Node, int], context: P
     x, weight = tensor_of(norm.args[0]), tensor_of(norm.args[1 if norm.target is rms_norm else 2])
     if x is None or weight is None or weight.dtype != x.dtype or not weight.is_contiguous():
         return "its weight is in another dtype than its input"
-    early = _early(norm, call, order)
-    return spans_devices((norm,), call, context) or (early if isinstance(early, str) else None)
+    return spans_devices((norm,), call, context)
 
 
 def _replace(
-    graph: fx.Graph, context: PassContext, norm: fx.Node, call: fx.Node, order: dict[fx.Node, int], module: str
+    graph: fx.Graph, context: PassContext, norm: fx.Node, call: fx.Node, early: list[fx.Node], module: str
 ) -> None:
-    """The new call where the linear layers are; views of the norm's results move behind it."""
-    early = _early(norm, call, order)
-    assert not isinstance(early, str)
+    """The new call where the linear layers are; ``early``, views of the norm's results, move behind it."""
     results = _results(norm)
-    names = tuple(n.name for n in (norm, *(r for r in results if r is not norm), call))
-    before = tuple(op_name(n) for n in (norm, *(r for r in results if r is not norm), call))
+    gone = (norm, *(r for r in results if r is not norm), call)
+    names, before = tuple(n.name for n in gone), tuple(op_name(n) for n in gone)
     if norm.target is rms_norm:
         x, weight, eps, kind = norm.args
         residual: Any = None
@@ -134,7 +133,7 @@ def _replace(
                 part = insert_call(graph, aten.view.default, (part, list(shape)), like=g)
             g.replace_all_uses_with(part)
     for view in reversed(early):
-        parts[0 if norm.target is rms_norm else len(results) - 1].append(view)
+        parts[len(results) - 1].append(view)
     context.record(
         Rewrite(
             what="RMS norm and the linear layers that read it → ktfx.norm_linear_rows",

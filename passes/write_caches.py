@@ -11,7 +11,7 @@ import torch
 from torch import fx
 
 from ktfx.canonical import strip, tensor_of
-from ktfx.fusion import device_name, is_asked, spans_devices
+from ktfx.fusion import OnDevice, device_name, is_asked, spans_devices
 from ktfx.graph import info, insert_call, op_name, output_node
 from ktfx.pass_manager import Pass, PassContext, Rewrite, register_pass
 
@@ -25,7 +25,8 @@ norm_rope_write = torch.ops.ktfx.norm_rope_write.default
 class Update:
     """A layer's update: ``index_copy`` of keys and of values at rows behind ``count``, and the count moved on.
 
-    moved: count + the new rows, written back to count; None where the graph does not move it.
+    values: the later of the two. moved: count + the new rows, written back to count; None where the graph does not
+    move it.
     """
 
     keys: fx.Node
@@ -48,42 +49,36 @@ class WriteCaches(Pass):
     name = "write_caches"
     numerics_preserving = True
 
-    @dataclass(frozen=True)
-    class Options:
-        """device: where: a kind (``cuda``, ``cpu``), a device name, or ``any``."""
-
-        device: str = "cuda"
-
-    options: Options
+    Options = OnDevice
+    options: OnDevice
 
     def run(self, gm: fx.GraphModule, context: PassContext) -> None:
         if context.phase != "generate":
             return
         before = len(context.rewrites)
         order = {node: i for i, node in enumerate(gm.graph.nodes)}
+        written = _written(gm.graph, context)
         pairs: dict[tuple[Any, ...], list[fx.Node]] = {}
         for node in gm.graph.find_nodes(op="call_function", target=aten.index_copy.default):
             if is_asked(self.options.device, node, context):
                 pairs.setdefault((info(node).module, device_name(node, context), strip(node.args[2])), []).append(node)
         for (module, *_), nodes in pairs.items():
-            update = _update(gm.graph, nodes, context)
+            update = _update(nodes, written)
             why = update if isinstance(update, str) else _why_not(update, order)
             if why is not None:
                 context.miss(module, f"write_caches: {why}")
             elif context.allows("write_caches", module):
                 assert isinstance(update, Update)
-                last = max(update.keys, update.values, key=order.__getitem__)
-                _replace(gm.graph, context, update, _turned(update, order, context), last, module)
+                _replace(gm.graph, context, update, _turned(update, order, context), module)
         if len(context.rewrites) > before:
             gm.graph.eliminate_dead_code()
             gm.recompile()
 
 
-def _update(graph: fx.Graph, nodes: list[fx.Node], context: PassContext) -> Update | str:
+def _update(nodes: list[fx.Node], written: dict[Any, str]) -> Update | str:
     """What two ``index_copy`` with one index are, or in words why they are no update of a cache."""
     if len(nodes) != 2:
         return f"{len(nodes)} tensors are written at one index, not keys and values alone"
-    written = {value: name for value, name in _writes(graph, context)}
     for node in nodes:
         cache, new = node.args[0], tensor_of(node.args[3])
         held = tensor_of(cache)
@@ -109,11 +104,11 @@ def _update(graph: fx.Graph, nodes: list[fx.Node], context: PassContext) -> Upda
     return Update(keys, values, count, moved[0] if moved else None)
 
 
-def _writes(graph: fx.Graph, context: PassContext) -> list[tuple[Any, str]]:
-    """(new value, placeholder it is written back to)."""
+def _written(graph: fx.Graph, context: PassContext) -> dict[Any, str]:
+    """New value → the placeholder that it is written back to."""
     outputs = output_node(graph).args[0]
     assert isinstance(outputs, (list, tuple))
-    return [(outputs[position], name) for position, name in context.captured.writes]
+    return {outputs[position]: name for position, name in context.captured.writes}
 
 
 def _count(index: Any, rows: int) -> fx.Node | str:
@@ -132,11 +127,10 @@ def _count(index: Any, rows: int) -> fx.Node | str:
 
 
 def _why_not(update: Update, order: dict[fx.Node, int]) -> str | None:
-    last = max(update.keys, update.values, key=order.__getitem__)
     for node in update.replaced:
-        early = next((u for u in node.users if order[u] < order[last]), None)
+        early = next((u for u in node.users if order[u] < order[update.values]), None)
         if early is not None:
-            return f"{early.name} reads {node.name} before {last.name} is made"
+            return f"{early.name} reads {node.name} before {update.values.name} is made"
     return None
 
 
@@ -149,15 +143,12 @@ def _turned(update: Update, order: dict[fx.Node, int], context: PassContext) -> 
     assert isinstance(call, fx.Node)
     if call.target is not norm_rope or spans_devices((call,), update.keys, context):
         return None
-    last = max(update.keys, update.values, key=order.__getitem__)
     readers = [u for g in call.users if g is not k for u in g.users]
-    return call if all(order[u] > order[last] for u in readers) else None
+    return call if all(order[u] > order[update.values] for u in readers) else None
 
 
-def _replace(
-    graph: fx.Graph, context: PassContext, update: Update, turned: fx.Node | None, last: fx.Node, module: str
-) -> None:
-    """One call before ``last``, the later of the two that write."""
+def _replace(graph: fx.Graph, context: PassContext, update: Update, turned: fx.Node | None, module: str) -> None:
+    """One call before the later of the two that write."""
     results = gone = update.replaced
     new: tuple[Any, ...] = (update.keys.args[3], update.values.args[3], update.moved is not None)
     target: Any = cache_write
@@ -167,7 +158,7 @@ def _replace(
         gone = [turned, *gone]
     names, before = tuple(n.name for n in gone), tuple(op_name(n) for n in gone)
     caches = (update.keys.args[0], update.values.args[0], update.count)
-    with graph.inserting_before(last):
+    with graph.inserting_before(update.values):
         call = insert_call(graph, target, (*caches, *new), like=update.keys)
         parts = [insert_call(graph, operator.getitem, (call, i), like=n) for i, n in enumerate(results)]
         for node, part in zip(results, parts, strict=True):

@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from quantised_files import words
 
 from ktfx.errors import WeightError
 from ktfx.formats import QuantizedWeight, dequantize, format_name, from_fp8_blocks, from_mxfp4_blocks, parse_format
@@ -20,18 +21,6 @@ from ktfx.quantised_checkpoints import (
 )
 
 CPU = torch.device("cpu")
-
-
-def words(values: torch.Tensor, dim: int, order: tuple[int, ...] = tuple(range(8))) -> torch.Tensor:
-    """Values 0…15 to int32, eight a word along ``dim``, written out the slow way."""
-    moved = values.long().movedim(dim, -1)
-    *lead, length = moved.shape
-    padded = torch.zeros(*lead, -(-length // 8) * 8, dtype=torch.int64)
-    padded[..., :length] = moved
-    out = torch.zeros(*lead, padded.shape[-1] // 8, dtype=torch.int64)
-    for i in range(8):
-        out |= padded[..., order[i] :: 8] << (4 * i)
-    return torch.where(out >= 2**31, out - 2**32, out).to(torch.int32).movedim(-1, dim)
 
 
 def random_parts(K: int, N: int, group: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -28,6 +28,7 @@ from ktfx.triton_kernels.launch import cdiv, on_its_device, pow2
 from ktfx.triton_kernels.matmul import (
     StoredWeight,
     accumulator,
+    integer_step,
     load_inputs,
     multiply_rows,
     multiply_tile,
@@ -244,12 +245,10 @@ def pairs_config(weight: StoredWeight, K: int, leading: int) -> PairsConfig:
     By sweeps on one H100 over the shapes of Qwen3-30B-A3B, gpt-oss-20b and DeepSeek-V3.
     """
     rows = pow2(leading)
-    if weight.nibbles or weight.fmt == "int8":
-        # A warp takes 32 runs of 16 bytes of a row at a step, a thread one run of four rows or, of down, eight.
-        warp = 32 * (32 if weight.nibbles else 16)
-        BK = step_of(K, (4 * warp, 2 * warp, warp))
-        R = max(1, 4 // rows) if leading <= 2 else 4
-        return PairsConfig(R=R, BK=BK, num_warps=min(16, BK // warp * max(1, rows * R // (4 if leading <= 2 else 8))))
+    if weight.small_integers:
+        BK, warps = integer_step(weight, K)
+        R, rows_a_thread = (max(1, 4 // rows), 4) if leading <= 2 else (4, 8)
+        return PairsConfig(R=R, BK=BK, num_warps=min(16, warps * max(1, rows * R // rows_a_thread)))
     BK = step_of(K, (512, 256, 128)) if K > 128 else max(pow2(K), 16)
     if weight.grouped:
         BK = max(BK, weight.group)

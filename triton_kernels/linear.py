@@ -18,12 +18,12 @@ from ktfx.triton_kernels.launch import cdiv, interpreted, on_its_device, pow2, s
 from ktfx.triton_kernels.matmul import (
     StoredWeight,
     accumulator,
+    integer_step,
     load_inputs,
     multiply_rows,
     multiply_tile,
     row_inputs,
     scale_row,
-    step_of,
     stored_weight,
 )
 
@@ -116,11 +116,9 @@ class LinearConfig:
 
 def linear_config(weight: StoredWeight, M: int, N: int, K: int, itemsize: int) -> LinearConfig:
     """A choice by shape alone; ``ktfx.tuning`` may know a better one."""
-    if M <= 2 and (weight.nibbles or weight.fmt == "int8") and itemsize == 2:
-        # A warp takes 32 runs of 16 bytes of a row at a step, a thread one run of four rows.
-        warp = 32 * (32 if weight.nibbles else 16)
-        BK = step_of(K, (4 * warp, 2 * warp, warp))
-        return LinearConfig(True, R=4, BK=BK, num_warps=BK // warp, num_stages=1)
+    if M <= 2 and weight.small_integers and itemsize == 2:
+        BK, warps = integer_step(weight, K)
+        return LinearConfig(True, R=4, BK=BK, num_warps=warps, num_stages=1)
     if M <= 2:
         BK = min(1024 if weight.nibbles else 512, max(pow2(K), 16))
         return LinearConfig(True, R=4, BK=max(BK, weight.group), num_stages=1)

@@ -14,7 +14,7 @@ import torch
 import triton
 import triton.language as tl
 from ktfx.triton_kernels.dequant import e2m1, e4m3, group_offset, load_group_scale, narrow, nibbles, product
-from ktfx.triton_kernels.integer_rows import IntegerInputs, integer_inputs, multiply_integers
+from ktfx.triton_kernels.integer_rows import integer_inputs, multiply_integers
 from ktfx.triton_kernels.launch import bytes_view, cdiv, native_fp8, pow2
 
 from ktfx.formats import FP8_BLOCK, parse_format
@@ -165,6 +165,11 @@ class StoredWeight:
         return self.fmt in ("int4", "int4zp", "mxfp4")
 
     @property
+    def small_integers(self) -> bool:
+        """Whether values are integers of 4 or 8 bits, or halves of integers (mxfp4)."""
+        return self.nibbles or self.fmt == "int8"
+
+    @property
     def lines(self) -> int:
         """Lines of 128 bytes that hold a row, as a power of two; 0 for rows too long to be worth asking for ahead."""
         lines = pow2(cdiv(self.ldw * self.data.element_size(), 128))
@@ -172,7 +177,7 @@ class StoredWeight:
 
     def integers(self, x: torch.Tensor) -> bool:
         """Whether ``multiply_integers`` serves: a format of 4 or 8 bits in whole 16-byte runs, inputs of 16 bits."""
-        return (self.nibbles or self.fmt == "int8") and x.element_size() == 2 and self.ldw % 16 == 0
+        return self.small_integers and x.element_size() == 2 and self.ldw % 16 == 0
 
     def constants(self) -> dict[str, object]:
         """The launch arguments that name the format."""
@@ -190,17 +195,24 @@ class RowInputs:
     integer: bool
 
 
-def row_inputs(x: torch.Tensor, weight: StoredWeight, made: IntegerInputs | None = None) -> RowInputs:
-    """made: x as integers, where these exist already."""
+def row_inputs(x: torch.Tensor, weight: StoredWeight) -> RowInputs:
+    """x as integers where the weight is multiplied in integers, else as it is."""
     if not weight.integers(x):
         return RowInputs(x, x, x.stride(0), False)
-    integers = made or integer_inputs(x, paired=weight.fmt == "mxfp4")
+    integers = integer_inputs(x, paired=weight.fmt == "mxfp4")
     return RowInputs(integers.planes, integers.scales, integers.blocks, True)
 
 
 def step_of(K: int, steps: Sequence[int]) -> int:
     """The first (largest) step of which whole ones cover K with at most a tenth to spare; else the last."""
     return next((s for s in steps if cdiv(K, s) * s <= 1.1 * K), steps[-1])
+
+
+def integer_step(weight: StoredWeight, K: int) -> tuple[int, int]:
+    """(values of k a step, warps along k) of a product in integers: a warp takes 32 runs of 16 bytes of a row."""
+    warp = 32 * (32 if weight.nibbles else 16)
+    BK = step_of(K, (4 * warp, 2 * warp, warp))
+    return BK, BK // warp
 
 
 def stored_weight(name: str, tensors: Sequence[torch.Tensor]) -> StoredWeight:

@@ -62,9 +62,7 @@ def cache_write_(
 
 
 @cache_write_.register_fake
-def _(
-    keys: torch.Tensor, values: torch.Tensor, count: torch.Tensor, k: torch.Tensor, v: torch.Tensor, moves: bool
-) -> None:
+def _(*_: Any) -> None:
     return None
 
 
@@ -79,9 +77,7 @@ def cache_write(
 
 
 @cache_write.register_fake
-def _(
-    keys: torch.Tensor, values: torch.Tensor, count: torch.Tensor, k: torch.Tensor, v: torch.Tensor, moves: bool
-) -> Three:
+def _(keys: torch.Tensor, values: torch.Tensor, count: torch.Tensor, *_: Any) -> Three:
     return torch.empty_like(keys), torch.empty_like(values), torch.empty_like(count)
 
 
@@ -119,15 +115,7 @@ def _(
     values: torch.Tensor,
     count: torch.Tensor,
     q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    moves: bool,
-    cos: torch.Tensor,
-    sin: torch.Tensor,
-    style: str,
-    weights: list[torch.Tensor],
-    eps: float,
-    kind: str,
+    *_: Any,
 ) -> torch.Tensor:
     return q.new_empty(q.shape)
 
@@ -159,15 +147,7 @@ def _(
     values: torch.Tensor,
     count: torch.Tensor,
     q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    moves: bool,
-    cos: torch.Tensor,
-    sin: torch.Tensor,
-    style: str,
-    weights: list[torch.Tensor],
-    eps: float,
-    kind: str,
+    *_: Any,
 ) -> Four:
     return torch.empty_like(keys), torch.empty_like(values), torch.empty_like(count), q.new_empty(q.shape)
 
