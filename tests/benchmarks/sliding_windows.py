@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 from gpu_kernels_table import graph_time
-from whole_model import TRITON, Shape, by_ktfx, copy_bandwidth, eager, random_model, report
+from whole_model import TRITON, Shape, by_ktfx, copy_bandwidth, eager, gpt_oss, report
 
 CONTENDERS: dict[str, Callable[[Any], Callable[..., Any]]] = {
     "eager, grouped_mm": eager("grouped_mm"),
@@ -47,7 +47,7 @@ def main() -> None:
         )
         for length in (2048, 8192, 32768, 131072):
             attention(length, bandwidth)
-    model = make_model(args.layers, args.tiny)
+    model = gpt_oss(args.layers, args.tiny)
     for context in args.context:
         shape = Shape(args.layers, 1, context, args.tiny)
         print(f"gpt-oss-20b's shape, {args.layers} layers, batch 1, context {context}", flush=True)
@@ -90,21 +90,6 @@ def attention(length: int, bandwidth: float) -> None:
         share = 2.0 * k.numel() * k.element_size() / (took["by mask"] * 1e-6) / bandwidth if name == "full" else None
         text = ", ".join(f"{call} {us:.1f} µs" for call, us in took.items())
         print(f"attention over {length} {name:6} {text}" + (f"; {share:.0%} of bandwidth" if share else ""), flush=True)
-
-
-def make_model(layers: int, tiny: bool) -> Any:
-    """gpt-oss-20b's shape (its published config), or a small one; sinks and biases are not zero."""
-    from transformers import GptOssConfig, GptOssForCausalLM
-
-    sizes: dict[str, Any] = {
-        "hidden_size": 2880, "intermediate_size": 2880, "num_local_experts": 32, "num_experts_per_tok": 4,
-        "num_attention_heads": 64, "num_key_value_heads": 8, "head_dim": 64, "vocab_size": 201088,
-    }  # fmt: skip
-    if tiny:
-        sizes |= {"hidden_size": 64, "intermediate_size": 32, "num_local_experts": 4, "num_experts_per_tok": 2,
-                  "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "vocab_size": 1000}  # fmt: skip
-    config = GptOssConfig(**sizes, num_hidden_layers=layers, sliding_window=WINDOW)
-    return random_model(GptOssForCausalLM, config, tiny)
 
 
 if __name__ == "__main__":

@@ -1,11 +1,11 @@
 """A whole MoE model on one GPU: decode and prefill beside eager, torch.compile and reduce-overhead; prints a table.
 
-    python tests/benchmarks/whole_model.py [--layers 8] [--batch 1] [--context 1024] [--contenders NAME …] [--full]
+    python tests/benchmarks/whole_model.py [--model qwen3] [--layers 8] [--batch 1] [--context 1024] [--contenders NAME]
 
-Qwen3-30B-A3B's shape with random bfloat16 weights made on the GPU. Decode: the cache is filled by an eager prefill of
-``context`` tokens, then steps of one token are timed, each to its end, and the median is taken. The roofline is the
-bytes that a step must read (active experts, the rest of the layers, the head, the cache's valid part) over the copy
-bandwidth that the same run measures. ``--tiny`` tries the script itself on a CPU.
+The shape of Qwen3-30B-A3B, gpt-oss-20b or DeepSeek-V2-Lite with random bfloat16 weights made on the GPU. Decode: the
+cache is filled by an eager prefill of ``context`` tokens, then steps of one token are timed, each to its end, and the
+median is taken. The roofline is the bytes that a step must read (active experts, the rest of the layers, the head, the
+cache's valid part) over the copy bandwidth that the same run measures. ``--tiny`` tries the script itself on a CPU.
 """
 
 from __future__ import annotations
@@ -62,6 +62,7 @@ class Shape:
 
 def main() -> None:
     parser = argparse.ArgumentParser()
+    parser.add_argument("--model", choices=list(MODELS), default="qwen3")
     parser.add_argument("--layers", type=int, default=8)
     parser.add_argument("--batch", type=int, nargs="+", default=[1])
     parser.add_argument("--context", type=int, default=1024)
@@ -78,8 +79,8 @@ def main() -> None:
     bandwidth = copy_bandwidth() if not args.tiny else 1e10
     print(f"{name}, torch {torch.__version__}, copy {bandwidth / 1e12:.2f} TB/s", flush=True)
     made = time.perf_counter()
-    model = make_model(args.layers, args.tiny)
-    print(f"{args.layers} layers made in {time.perf_counter() - made:.0f} s", flush=True)
+    model = MODELS[args.model](args.layers, args.tiny)
+    print(f"{args.model}, {args.layers} layers made in {time.perf_counter() - made:.0f} s", flush=True)
     for batch in args.batch:
         shape = Shape(args.layers, batch, args.context, args.tiny)
         floor = step_bytes(model, shape) / bandwidth * 1e3
@@ -142,7 +143,7 @@ def exact(model: Any, shape: Shape) -> torch.Tensor:
     return wide(input_ids=token, past_key_values=cache, use_cache=True).logits.float()[:, -1].clone()
 
 
-def make_model(layers: int, tiny: bool) -> Any:
+def qwen3(layers: int, tiny: bool) -> Any:
     """Qwen3-30B-A3B's shape (transformers' published config), or a small one."""
     from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
@@ -158,6 +159,42 @@ def make_model(layers: int, tiny: bool) -> Any:
         max_position_embeddings=40960, tie_word_embeddings=False,
     )  # fmt: skip
     return random_model(Qwen3MoeForCausalLM, config, tiny)
+
+
+def gpt_oss(layers: int, tiny: bool) -> Any:
+    """gpt-oss-20b's shape (its published config), or a small one; sinks and biases are not zero."""
+    from transformers import GptOssConfig, GptOssForCausalLM
+
+    sizes: dict[str, Any] = {
+        "hidden_size": 2880, "intermediate_size": 2880, "num_local_experts": 32, "num_experts_per_tok": 4,
+        "num_attention_heads": 64, "num_key_value_heads": 8, "head_dim": 64, "vocab_size": 201088,
+    }  # fmt: skip
+    if tiny:
+        sizes |= {"hidden_size": 64, "intermediate_size": 32, "num_local_experts": 4, "num_experts_per_tok": 2,
+                  "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "vocab_size": 1000}  # fmt: skip
+    config = GptOssConfig(**sizes, num_hidden_layers=layers, sliding_window=128, tie_word_embeddings=False)
+    return random_model(GptOssForCausalLM, config, tiny)
+
+
+def deepseek_v2_lite(layers: int, tiny: bool) -> Any:
+    """DeepSeek-V2-Lite's shape (its published config; the first layer is dense), or a small one."""
+    from transformers import DeepseekV2Config, DeepseekV2ForCausalLM
+
+    sizes: dict[str, Any] = {
+        "hidden_size": 2048, "moe_intermediate_size": 1408, "intermediate_size": 10944, "n_routed_experts": 64,
+        "num_experts_per_tok": 6, "num_attention_heads": 16, "num_key_value_heads": 16, "vocab_size": 102400,
+        "kv_lora_rank": 512, "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128,
+    }  # fmt: skip
+    if tiny:
+        sizes |= {"hidden_size": 64, "moe_intermediate_size": 32, "intermediate_size": 96, "n_routed_experts": 8,
+                  "num_experts_per_tok": 2, "num_attention_heads": 4, "num_key_value_heads": 4, "vocab_size": 1000,
+                  "kv_lora_rank": 32, "qk_nope_head_dim": 16, "qk_rope_head_dim": 8, "v_head_dim": 16}  # fmt: skip
+    config = DeepseekV2Config(
+        **sizes, num_hidden_layers=layers, q_lora_rank=None, n_shared_experts=2, first_k_dense_replace=1,
+        topk_method="greedy", norm_topk_prob=False, routed_scaling_factor=1.0, max_position_embeddings=32768,
+        tie_word_embeddings=False,
+    )  # fmt: skip
+    return random_model(DeepseekV2ForCausalLM, config, tiny)
 
 
 def random_model(kind: Any, config: Any, tiny: bool) -> Any:
@@ -196,7 +233,8 @@ def copy_bandwidth() -> float:
 def step_bytes(model: Any, shape: Shape) -> float:
     """What a decode step has to read at least: the experts chosen (on average), the rest, the cache."""
     config = model.config
-    E, K = config.num_experts, config.num_experts_per_tok
+    names = ("num_experts", "num_local_experts", "n_routed_experts")
+    E, K = next(getattr(config, n) for n in names if hasattr(config, n)), config.num_experts_per_tok
     different = E * (1 - (1 - K / E) ** shape.batch)
     total = 0.0
     for name, parameter in model.named_parameters():
@@ -205,8 +243,16 @@ def step_bytes(model: Any, shape: Shape) -> float:
             total += nbytes * different / E
         elif "embed_tokens" not in name:
             total += nbytes
-    heads = config.num_key_value_heads * config.head_dim
-    return total + 2 * 2.0 * heads * shape.context * shape.batch * shape.layers
+    return total + 2.0 * shape.batch * sum(cached_values(config, shape.context))
+
+
+def cached_values(config: Any, context: int) -> list[int]:
+    """Numbers that a token's attention has to read of its sequence's cache, for each layer."""
+    if getattr(config, "kv_lora_rank", None):
+        return [(config.kv_lora_rank + config.qk_rope_head_dim) * context] * config.num_hidden_layers
+    kinds = getattr(config, "layer_types", None) or ["full_attention"] * config.num_hidden_layers
+    seen = [min(context, config.sliding_window) if kind == "sliding_attention" else context for kind in kinds]
+    return [2 * config.num_key_value_heads * config.head_dim * length for length in seen]
 
 
 def filled_cache(model: Any, ids: torch.Tensor, shape: Shape) -> Any:
@@ -298,6 +344,11 @@ CONTENDERS: dict[str, Callable[[Any], Callable[..., Any]]] = {
     "ktfx experts only": by_ktfx(EXPERTS_ONLY),
     "ktfx no CUDA graphs": by_ktfx(TRITON, cuda_graphs=False),
 }
+
+
+MODELS: dict[str, Callable[[int, bool], Any]] = {
+    "qwen3": qwen3, "gpt-oss": gpt_oss, "deepseek-v2-lite": deepseek_v2_lite,
+}  # fmt: skip
 
 
 def prefills(model: Any, tokens: int, tiny: bool) -> None:
