@@ -1,4 +1,4 @@
-"""Every decode kernel goes through Triton's compiler for Hopper, without a GPU, with the arguments of a decode step.
+"""Kernels go through Triton's compiler for Hopper, without a GPU, with the arguments of decode steps and of prefills.
 
 The interpreter takes what the compiler does not: an argument that is 1 becomes a Python number there, and a tile with
 another layout. What is compiled here is not run.
@@ -114,6 +114,23 @@ def quantised(weights: str) -> None:
     routed_experts(experts, torch.zeros(1, 128, dtype=BF16), ids, share, parts)
 
 
+def tiles(weights: str, rows: tuple[int, ...]) -> None:
+    """So many rows an expert; a tile of 64 has another half for an expert's last rows."""
+    from ktfx.triton_kernels.experts import routed_experts
+    from ktfx.triton_kernels.linear import linear
+
+    spec = LinearSpec(256, 64, weights)
+    packed = linear_kernel("triton").pack(spec, torch.ones(64, 256, dtype=BF16), torch.device("cpu"))
+    linear(torch.zeros(12, 256, dtype=BF16), packed, None, weights, 64)
+    experts = ExpertsSpec(2, 192, 192, weights=weights)
+    gate_up, down = torch.ones(2, 384, 192, dtype=BF16), torch.ones(2, 192, 192, dtype=BF16)
+    parts = experts_kernel("triton").pack(experts, {"gate_up": gate_up, "down": down}, torch.device("cpu"))
+    for T in rows:
+        ids, share = torch.zeros(T, 2, dtype=torch.int64), torch.ones(T, 2, dtype=BF16)
+        routed_experts(experts, torch.zeros(T, 192, dtype=BF16), ids, share, parts, pairs=False)
+
+
+TILES = {"_tiles_up_kernel", "_tiles_down_kernel", "_combine_kernel", "_place_kernel"}
 CASES: dict[str, tuple[Callable[[], None], set[str]]] = {
     "ropes": (ropes, {"_norm_rope_kernel"}),
     "caches": (caches, {"_cache_write_kernel"}),
@@ -123,10 +140,15 @@ CASES: dict[str, tuple[Callable[[], None], set[str]]] = {
         w: (partial(quantised, w), {"_rows_kernel", "_pairs_up_kernel", "_pairs_down_kernel"})
         for w in ("model", "int4", "int4zp", "int8", "mxfp4", "fp8")
     },
+    "tiles int4": (partial(tiles, "int4", (48,)), TILES),
+    **{
+        f"every tile {w}": (partial(tiles, w, (16, 48)), TILES) for w in ("model", "int4zp-g32", "int8", "mxfp4", "fp8")
+    },
 }
+SLOW = {case: pytest.mark.slow for case in CASES if case.startswith("every tile")}
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", [pytest.param(case, marks=SLOW.get(case, ())) for case in CASES])
 def test_compiles(case: str, compiled: list[str]) -> None:
     load_ops()
     call, kernels = CASES[case]

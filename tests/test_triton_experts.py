@@ -117,6 +117,22 @@ def test_experts_with_many_tiles_and_experts_with_none() -> None:
     assert_close(out, exact, torch.float32)
 
 
+@pytest.mark.parametrize("weights", ["model", "int4"])
+def test_an_experts_last_rows_take_half_a_tile_where_they_fit(weights: str) -> None:
+    from ktfx.triton_kernels import experts
+
+    spec = ExpertsSpec(4, 64, 32, weights=weights)
+    kernel = experts_kernel("triton")
+    packed = kernel.pack(spec, make(spec, torch.bfloat16), DEVICE)
+    x = normal(60, 64, dtype=torch.bfloat16)
+    ids = torch.tensor([0] * 37 + [1] * 16 + [2] * 7, device=DEVICE)[:, None]  # 32 + 5, 16 and 7 rows; 3 gets nothing
+    share = torch.rand(60, 1, device=DEVICE)
+    plain = {k: v.to(torch.bfloat16).double() for k, v in kernel.dequantised(spec, packed).items()}
+    out = poisoned(x)
+    experts.routed_experts(spec, x, ids, share, packed, pairs=False, configs=configs(spec, False, 32), out=out)
+    assert_close(out, reference_experts(spec, x.double(), ids, share.double(), plain), torch.bfloat16)
+
+
 @pytest.mark.parametrize("pairs", [True, False], ids=["pairs", "tiles"])
 def test_ids_out_of_range_contribute_nothing(pairs: bool) -> None:
     from ktfx.triton_kernels import experts

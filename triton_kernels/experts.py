@@ -36,6 +36,7 @@ from ktfx.triton_kernels.matmul import (
     scale_row,
     step_of,
     stored_weight,
+    tile_step,
 )
 
 from ktfx.ops.experts import ExpertsSpec
@@ -128,16 +129,14 @@ def _tile_of(tiles_ptr, max_tiles, n_tiles, GROUP: tl.constexpr):
 
 
 @triton.jit
-def _tiles_up_kernel(
-    x_ptr, order_ptr, tiles_ptr, w_ptr, s_ptr, z_ptr, b_ptr, h_ptr,
-    H, inter, ldw, lds, alpha, limit, max_tiles, n_tiles,
+def _tile_up(
+    x_ptr, order_ptr, w_ptr, s_ptr, z_ptr, b_ptr, h_ptr, e, first, count, n_tile,
+    H, inter, ldw, lds, alpha, limit,
     TOPK: tl.constexpr, L: tl.constexpr, FMT: tl.constexpr, G: tl.constexpr, ACT: tl.constexpr, GATE: tl.constexpr,
-    BIAS: tl.constexpr, NATIVE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr,
+    BIAS: tl.constexpr, NATIVE: tl.constexpr, PAIRED: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    BK: tl.constexpr,
 ):  # fmt: skip
-    e, first, count, n_tile = _tile_of(tiles_ptr, max_tiles, n_tiles, GROUP)
-    if count <= 0:
-        return
-    NIBBLES: tl.constexpr = FMT == "int4" or FMT == "int4zp" or FMT == "mxfp4"
+    """gate and up with the activation for ``count`` ≤ BM pairs from ``first`` on, all of expert e."""
     m = tl.arange(0, BM)
     there = m < count
     pair = tl.load(order_ptr + first + m, mask=there, other=0)
@@ -148,13 +147,11 @@ def _tiles_up_kernel(
     row_up, srow_up = row + (L - 1) * inter, scale_row(e, i + (L - 1) * inter, L * inter, FMT)
     gate, up = tl.zeros((BN, BM), tl.float32), tl.zeros((BN, BM), tl.float32)
     for k0 in tl.range(0, H, BK):
-        low_x, high_x = load_inputs(x_ptr, xrow, there, k0, H, NIBBLES, BK)
-        gate = multiply_tile(
-            gate, low_x, high_x, w_ptr, s_ptr, z_ptr, row, srow, ok, k0, H, ldw, lds, FMT, G, BK, NATIVE
-        )
+        x = load_inputs(x_ptr, xrow, there, k0, H, BK)
+        gate = multiply_tile(gate, x, w_ptr, s_ptr, z_ptr, row, srow, ok, k0, H, ldw, lds, FMT, G, BK, NATIVE, PAIRED)
         if L == 2:
             up = multiply_tile(
-                up, low_x, high_x, w_ptr, s_ptr, z_ptr, row_up, srow_up, ok, k0, H, ldw, lds, FMT, G, BK, NATIVE
+                up, x, w_ptr, s_ptr, z_ptr, row_up, srow_up, ok, k0, H, ldw, lds, FMT, G, BK, NATIVE, PAIRED
             )
     if FMT == "int8":
         gate *= tl.load(s_ptr + srow, mask=ok, other=0.0)[:, None]
@@ -168,16 +165,37 @@ def _tiles_up_kernel(
 
 
 @triton.jit
-def _tiles_down_kernel(
-    h_ptr, order_ptr, tiles_ptr, w_ptr, s_ptr, z_ptr, b_ptr, y_ptr,
-    H, inter, ldw, lds, max_tiles, n_tiles,
-    FMT: tl.constexpr, G: tl.constexpr, BIAS: tl.constexpr, NATIVE: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr,
+def _tiles_up_kernel(
+    x_ptr, order_ptr, tiles_ptr, w_ptr, s_ptr, z_ptr, b_ptr, h_ptr,
+    H, inter, ldw, lds, alpha, limit, max_tiles, n_tiles,
+    TOPK: tl.constexpr, L: tl.constexpr, FMT: tl.constexpr, G: tl.constexpr, ACT: tl.constexpr, GATE: tl.constexpr,
+    BIAS: tl.constexpr, NATIVE: tl.constexpr, PAIRED: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    BK: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     e, first, count, n_tile = _tile_of(tiles_ptr, max_tiles, n_tiles, GROUP)
     if count <= 0:
         return
-    NIBBLES: tl.constexpr = FMT == "int4" or FMT == "int4zp" or FMT == "mxfp4"
+    # An expert's last tile is half empty half the time.
+    if BM > 16 and count <= BM // 2:
+        _tile_up(
+            x_ptr, order_ptr, w_ptr, s_ptr, z_ptr, b_ptr, h_ptr, e, first, count, n_tile,
+            H, inter, ldw, lds, alpha, limit, TOPK, L, FMT, G, ACT, GATE, BIAS, NATIVE, PAIRED, BM // 2, BN, BK,
+        )  # fmt: skip
+    else:
+        _tile_up(
+            x_ptr, order_ptr, w_ptr, s_ptr, z_ptr, b_ptr, h_ptr, e, first, count, n_tile,
+            H, inter, ldw, lds, alpha, limit, TOPK, L, FMT, G, ACT, GATE, BIAS, NATIVE, PAIRED, BM, BN, BK,
+        )  # fmt: skip
+
+
+@triton.jit
+def _tile_down(
+    h_ptr, order_ptr, w_ptr, s_ptr, z_ptr, b_ptr, y_ptr, e, first, count, n_tile,
+    H, inter, ldw, lds,
+    FMT: tl.constexpr, G: tl.constexpr, BIAS: tl.constexpr, NATIVE: tl.constexpr, PAIRED: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+):  # fmt: skip
+    """down for ``count`` ≤ BM pairs from ``first`` on, all of expert e, to the pairs' own places."""
     m = tl.arange(0, BM)
     there = m < count
     n = n_tile * BN + tl.arange(0, BN)
@@ -186,10 +204,8 @@ def _tiles_down_kernel(
     hrow = (first + m).to(tl.int64) * inter
     acc = tl.zeros((BN, BM), tl.float32)
     for i0 in tl.range(0, inter, BK):
-        low_h, high_h = load_inputs(h_ptr, hrow, there, i0, inter, NIBBLES, BK)
-        acc = multiply_tile(
-            acc, low_h, high_h, w_ptr, s_ptr, z_ptr, row, srow, ok, i0, inter, ldw, lds, FMT, G, BK, NATIVE
-        )
+        h = load_inputs(h_ptr, hrow, there, i0, inter, BK)
+        acc = multiply_tile(acc, h, w_ptr, s_ptr, z_ptr, row, srow, ok, i0, inter, ldw, lds, FMT, G, BK, NATIVE, PAIRED)
     if FMT == "int8":
         acc *= tl.load(s_ptr + srow, mask=ok, other=0.0)[:, None]
     if BIAS:
@@ -198,6 +214,28 @@ def _tiles_down_kernel(
     tl.store(
         y_ptr + pair[None, :] * H + n[:, None], narrow(acc, y_ptr.dtype.element_ty), mask=ok[:, None] & there[None, :]
     )
+
+
+@triton.jit
+def _tiles_down_kernel(
+    h_ptr, order_ptr, tiles_ptr, w_ptr, s_ptr, z_ptr, b_ptr, y_ptr,
+    H, inter, ldw, lds, max_tiles, n_tiles,
+    FMT: tl.constexpr, G: tl.constexpr, BIAS: tl.constexpr, NATIVE: tl.constexpr, PAIRED: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr,
+):  # fmt: skip
+    e, first, count, n_tile = _tile_of(tiles_ptr, max_tiles, n_tiles, GROUP)
+    if count <= 0:
+        return
+    if BM > 16 and count <= BM // 2:
+        _tile_down(
+            h_ptr, order_ptr, w_ptr, s_ptr, z_ptr, b_ptr, y_ptr, e, first, count, n_tile,
+            H, inter, ldw, lds, FMT, G, BIAS, NATIVE, PAIRED, BM // 2, BN, BK,
+        )  # fmt: skip
+    else:
+        _tile_down(
+            h_ptr, order_ptr, w_ptr, s_ptr, z_ptr, b_ptr, y_ptr, e, first, count, n_tile,
+            H, inter, ldw, lds, FMT, G, BIAS, NATIVE, PAIRED, BM, BN, BK,
+        )  # fmt: skip
 
 
 @triton.jit
@@ -255,11 +293,9 @@ def pairs_config(weight: StoredWeight, K: int, leading: int) -> PairsConfig:
     return PairsConfig(R=4 if leading <= 4 else max(1, 16 // rows), BK=BK, num_warps=max(1, min(4, BK // 128)))
 
 
-def tiles_config(weight: StoredWeight, K: int, rows_an_expert: float, itemsize: int) -> TilesConfig:
+def tiles_config(weight: StoredWeight, K: int, rows_an_expert: float, dtype: torch.dtype) -> TilesConfig:
     BM = 16 if rows_an_expert <= 16 else 32 if rows_an_expert <= 32 else 64 if rows_an_expert <= 96 else 128
-    BK = 64 if itemsize == 2 else 32
-    if weight.grouped:
-        BK = weight.group if weight.group in (32, 64) else 64
+    BK = tile_step(weight, dtype)
     small = BM <= 32
     # Each of two warpgroups then has 64 weight rows of its own, by BM pairs.
     return TilesConfig(BM, 64 if small else 128, BK, 8, 4 if small else 8, 4 if small else 3)
@@ -271,9 +307,9 @@ def weight_of(spec: ExpertsSpec, packed: Sequence[torch.Tensor], which: int) -> 
     return stored_weight(spec.weights, packed[which * many : (which + 1) * many])
 
 
-def tiles_choice(spec: ExpertsSpec, packed: Sequence[torch.Tensor], rows: float, itemsize: int) -> TilesPair:
+def tiles_choice(spec: ExpertsSpec, packed: Sequence[torch.Tensor], rows: float, dtype: torch.dtype) -> TilesPair:
     up, down = weight_of(spec, packed, 0), weight_of(spec, packed, 1)
-    return tiles_config(up, spec.hidden, rows, itemsize), tiles_config(down, spec.intermediate, rows, itemsize)
+    return tiles_config(up, spec.hidden, rows, dtype), tiles_config(down, spec.intermediate, rows, dtype)
 
 
 def default_configs(
@@ -283,14 +319,14 @@ def default_configs(
     K: int,
     pairs: bool,
     E: int | None = None,
-    itemsize: int = 2,
+    dtype: torch.dtype = torch.bfloat16,
 ) -> PairsPair | TilesPair:
     """What a call with T tokens runs with; E: the experts to reckon with, if not those of ``spec``."""
     if pairs:
         leading = 1 if spec.gate == "none" else 2
         up, down = weight_of(spec, packed, 0), weight_of(spec, packed, 1)
         return pairs_config(up, spec.hidden, leading), pairs_config(down, spec.intermediate, K)
-    return tiles_choice(spec, packed, T * K / min(T * K, E or spec.num_experts), itemsize)
+    return tiles_choice(spec, packed, T * K / min(T * K, E or spec.num_experts), dtype)
 
 
 def tuning_key(spec: ExpertsSpec, T: int, K: int, pairs: bool, dtype: torch.dtype) -> str:
@@ -325,16 +361,15 @@ def neighbours(config: PairsConfig | TilesConfig) -> list[PairsConfig | TilesCon
     c = config
     tiles = [replace(c, BN=int(c.BN * f)) for f in (0.5, 2)] + [replace(c, BK=int(c.BK * f)) for f in (0.5, 2)]
     tiles += [replace(c, num_stages=c.num_stages + d) for d in (-1, 1)] + [replace(c, num_warps=12 - c.num_warps)]
+    # Two programs a multiprocessor, where one unpacks while the other multiplies.
+    tiles += [replace(c, BN=int(c.BN * f), num_warps=int(c.num_warps * f)) for f in (0.5, 2)]
     return [t for t in tiles if t.BN >= 32 and t.BK >= 32 and t.num_warps in (4, 8)]
 
 
 def fits(config: PairsConfig | TilesConfig, weight: StoredWeight, first: PairsConfig | TilesConfig) -> bool:
     """Whether a candidate makes sense for a weight (whole groups a step) beside the first kernel's block of pairs."""
     if isinstance(config, TilesConfig):
-        whole = (
-            not weight.grouped or weight.group % config.BK == 0 or (weight.nibbles and config.BK % weight.group == 0)
-        )
-        return whole and isinstance(first, TilesConfig) and config.BM == first.BM
+        return weight.whole_groups(config.BK) and isinstance(first, TilesConfig) and config.BM == first.BM
     return weight.group <= config.BK and config.BK % max(weight.group, 1) == 0
 
 
@@ -373,7 +408,7 @@ def routed_experts(
     x, ids, weights = x_TH.contiguous(), ids_TK.contiguous(), weights_TK.contiguous()
     use_pairs = prefer_pairs(T, spec.num_experts, K) if pairs is None else pairs
     chosen = configs or tuned_configs(spec, packed, T, K, use_pairs, x)
-    chosen = chosen or default_configs(spec, packed, T, K, use_pairs, itemsize=x.element_size())
+    chosen = chosen or default_configs(spec, packed, T, K, use_pairs, dtype=x.dtype)
     run = _run_pairs if use_pairs else _run_tiles
     run(spec, x, ids, weights, up, down, biases, out, *chosen)
     return out
@@ -419,16 +454,17 @@ def _run_tiles(
     _tiles_up_kernel[(grouped.max_tiles * n_tiles,)](
         x, grouped.order, grouped.tiles, up.data, up.scales, up.zeros, biases[0], h,
         H, inter, up.ldw, up.lds, spec.alpha, spec.limit, grouped.max_tiles, n_tiles,
-        TOPK=K, L=L, ACT=spec.activation, GATE=spec.gate, BM=first.BM, BN=first.BN, BK=first.BK, GROUP=first.GROUP,
-        num_warps=first.num_warps, num_stages=first.num_stages, BIAS=spec.has_bias, **up.constants(),
+        TOPK=K, L=L, ACT=spec.activation, GATE=spec.gate, BM=first.BM, BN=first.BN, GROUP=first.GROUP,
+        num_warps=first.num_warps, num_stages=first.num_stages, BIAS=spec.has_bias, **up.tile_constants(x, first.BK),
     )  # fmt: skip
     y = torch.empty(S, H, dtype=x.dtype, device=x.device)
     n_tiles = cdiv(H, second.BN)
     _tiles_down_kernel[(grouped.max_tiles * n_tiles,)](
         h, grouped.order, grouped.tiles, down.data, down.scales, down.zeros, biases[1], y,
         H, inter, down.ldw, down.lds, grouped.max_tiles, n_tiles,
-        BM=second.BM, BN=second.BN, BK=second.BK, GROUP=second.GROUP,
-        num_warps=second.num_warps, num_stages=second.num_stages, BIAS=spec.has_bias, **down.constants(),
+        BM=second.BM, BN=second.BN, GROUP=second.GROUP,
+        num_warps=second.num_warps, num_stages=second.num_stages, BIAS=spec.has_bias,
+        **down.tile_constants(h, second.BK),
     )  # fmt: skip
     BH = min(1024, pow2(H))
     _combine_kernel[(T, cdiv(H, BH))](y, ids, weights, out, E, H, TOPK=K, KP=pow2(K), BH=BH, num_warps=4)

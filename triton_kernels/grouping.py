@@ -28,7 +28,7 @@ def _count_kernel(ids_ptr, hist_ptr, S, EP: tl.constexpr, CHUNK: tl.constexpr):
 @triton.jit
 def _place_kernel(
     ids_ptr, hist_ptr, order_ptr, tiles_ptr, S, E, chunks, max_tiles,
-    EP: tl.constexpr, BM: tl.constexpr, CHUNK: tl.constexpr, ONE_CHUNK: tl.constexpr,
+    EP: tl.constexpr, BM: tl.constexpr, CHUNK: tl.constexpr, ONE_CHUNK: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     chunk = tl.program_id(0)
     at = tl.arange(0, CHUNK)
@@ -43,8 +43,8 @@ def _place_kernel(
     else:
         total = tl.zeros((EP,), tl.int32)
         before = tl.zeros((EP,), tl.int32)
-        for first in range(0, chunks, 16):
-            c = first + tl.arange(0, 16)
+        for first in range(0, chunks, ROWS):
+            c = first + tl.arange(0, ROWS)
             part = tl.load(hist_ptr + c[:, None] * EP + e[None, :], mask=(c < chunks)[:, None], other=0)
             total += tl.sum(part, 0)
             before += tl.sum(tl.where((c < chunk)[:, None], part, 0), 0)
@@ -99,6 +99,6 @@ def group_pairs(ids_TK: torch.Tensor, num_experts: int, block: int) -> PairTiles
         _count_kernel[(chunks,)](ids_TK, hist, S, EP=EP, CHUNK=CHUNK, num_warps=8)
     _place_kernel[(chunks,)](
         ids_TK, hist, order, tiles, S, num_experts, chunks, bound,
-        EP=EP, BM=block, CHUNK=CHUNK, ONE_CHUNK=chunks == 1, num_warps=8,
+        EP=EP, BM=block, CHUNK=CHUNK, ONE_CHUNK=chunks == 1, ROWS=max(1, 8192 // EP), num_warps=8,
     )  # fmt: skip
     return PairTiles(order, tiles, bound)

@@ -25,6 +25,7 @@ from ktfx.triton_kernels.matmul import (
     row_inputs,
     scale_row,
     stored_weight,
+    tile_step,
 )
 
 
@@ -59,9 +60,8 @@ def _rows_kernel(
 def _tiles_kernel(
     x_ptr, w_ptr, s_ptr, z_ptr, b_ptr, y_ptr, M, N, K, ldx, ldw, lds, span,
     FMT: tl.constexpr, G: tl.constexpr, BIAS: tl.constexpr, NATIVE: tl.constexpr, SPLIT: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr, PAIRED: tl.constexpr,
 ):  # fmt: skip
-    NIBBLES: tl.constexpr = FMT == "int4" or FMT == "int4zp" or FMT == "mxfp4"
     pid, part = tl.program_id(0), tl.program_id(1)
     m_tiles, n_tiles = tl.cdiv(M, BM), tl.cdiv(N, BN)
     in_group = GROUP * n_tiles
@@ -75,8 +75,8 @@ def _tiles_kernel(
     srow = scale_row(tl.zeros((1,), tl.int64), row, N, FMT)
     acc = tl.zeros((BN, BM), tl.float32)
     for k0 in tl.range(part * span, tl.minimum((part + 1) * span, K), BK):
-        low, high = load_inputs(x_ptr, xrow, there, k0, K, NIBBLES, BK)
-        acc = multiply_tile(acc, low, high, w_ptr, s_ptr, z_ptr, row, srow, ok, k0, K, ldw, lds, FMT, G, BK, NATIVE)
+        x = load_inputs(x_ptr, xrow, there, k0, K, BK)
+        acc = multiply_tile(acc, x, w_ptr, s_ptr, z_ptr, row, srow, ok, k0, K, ldw, lds, FMT, G, BK, NATIVE, PAIRED)
     if FMT == "int8":
         acc *= tl.load(s_ptr + n, mask=ok, other=0.0)[:, None]
     at = m.to(tl.int64)[None, :] * N + n[:, None]
@@ -114,9 +114,9 @@ class LinearConfig:
     num_stages: int = 4
 
 
-def linear_config(weight: StoredWeight, M: int, N: int, K: int, itemsize: int) -> LinearConfig:
+def linear_config(weight: StoredWeight, M: int, N: int, K: int, dtype: torch.dtype) -> LinearConfig:
     """A choice by shape alone; ``ktfx.tuning`` may know a better one."""
-    if M <= 2 and weight.small_integers and itemsize == 2:
+    if M <= 2 and weight.small_integers and dtype.itemsize == 2:
         BK, warps = integer_step(weight, K)
         return LinearConfig(True, R=4, BK=BK, num_warps=warps, num_stages=1)
     if M <= 2:
@@ -125,7 +125,7 @@ def linear_config(weight: StoredWeight, M: int, N: int, K: int, itemsize: int) -
     BM = 16 if M <= 16 else 32 if M <= 32 else 64 if M <= 64 else 128
     small = BM <= 32
     BN = 64 if small else 128
-    BK = weight.group if weight.nibbles and weight.group < 128 else 64 if itemsize == 2 else 32
+    BK = tile_step(weight, dtype)
     tiles = cdiv(M, BM) * cdiv(N, BN)
     # Two programs a multiprocessor keep the memory busy; no part shorter than 256.
     split = max(1, min(2 * sm_count(weight.data.device) // tiles, K // 256, 16)) if BM <= 64 else 1
@@ -157,16 +157,15 @@ def linear(
         # A plain weight leaves nothing to fuse: the vendor's matmul is as fast for few rows, and faster for many.
         plain = torch.nn.functional.linear(flat, weight.data.to(x.dtype), None if bias is None else bias.to(x.dtype))
         return y.view(M, N).copy_(plain).view_as(y) if out is not None else plain.view(y.shape)
-    c = config or linear_config(weight, M, N, K, x.element_size())
+    c = config or linear_config(weight, M, N, K, x.dtype)
     b = weight.data if bias is None else bias
-    shared = {"BIAS": bias is not None, **weight.constants()}
     if c.rows:
         inputs = row_inputs(flat, weight)
         _rows_kernel[(cdiv(N, c.R), M)](
             inputs.data, inputs.scales, weight.data, weight.scales, weight.zeros, b, y,
             N, K, inputs.ldx, weight.ldw, weight.lds,
             R=c.R, BK=c.BK, STAGES=c.num_stages, INTEGER=inputs.integer, num_warps=c.num_warps,
-            **dependent(x.device), **shared,
+            BIAS=bias is not None, **dependent(x.device), **weight.constants(),
         )  # fmt: skip
         return y
     span = cdiv(cdiv(K, c.SPLIT), max(c.BK, weight.group)) * max(c.BK, weight.group)  # parts begin at whole groups
@@ -175,7 +174,8 @@ def linear(
     _tiles_kernel[(cdiv(M, c.BM) * cdiv(N, c.BN), split)](
         flat, weight.data, weight.scales, weight.zeros, b, target,
         M, N, K, flat.stride(0), weight.ldw, weight.lds, span,
-        SPLIT=split, BM=c.BM, BN=c.BN, BK=c.BK, GROUP=c.GROUP, num_warps=c.num_warps, num_stages=c.num_stages, **shared,
+        SPLIT=split, BM=c.BM, BN=c.BN, GROUP=c.GROUP, num_warps=c.num_warps, num_stages=c.num_stages,
+        BIAS=bias is not None, **weight.tile_constants(x, c.BK),
     )  # fmt: skip
     if split > 1:
         _add_parts_kernel[(cdiv(M * N, 1024),)](target, b, y, M * N, N, BIAS=bias is not None, SPLIT=split, BLOCK=1024)

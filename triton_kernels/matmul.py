@@ -13,9 +13,18 @@ from dataclasses import dataclass
 import torch
 import triton
 import triton.language as tl
-from ktfx.triton_kernels.dequant import e2m1, e4m3, group_offset, load_group_scale, narrow, nibbles, product
+from ktfx.triton_kernels.dequant import (
+    e2m1,
+    e4m3,
+    group_offset,
+    load_group_scale,
+    narrow,
+    nibbles,
+    product,
+)
 from ktfx.triton_kernels.integer_rows import integer_inputs, multiply_integers
 from ktfx.triton_kernels.launch import bytes_view, cdiv, native_fp8, pow2
+from ktfx.triton_kernels.paired_values import int8_byte, paired_nibbles
 
 from ktfx.formats import FP8_BLOCK, parse_format
 
@@ -94,53 +103,64 @@ def accumulator(
 
 
 @triton.jit
-def load_inputs(x_ptr, xrow, there, k0, K, NIBBLES: tl.constexpr, BK: tl.constexpr):
-    """x[xrow, k0:k0+BK] transposed, (BK, BM); for nibbles the two (BK/2, BM) halves that meet low and high values."""
-    if NIBBLES:
-        c = tl.arange(0, BK // 2)
-        k = k0 + c // 16 * 32 + c % 16
-        low = tl.load(x_ptr + xrow[None, :] + k[:, None], mask=there[None, :] & (k < K)[:, None], other=0.0)
-        k += 16
-        high = tl.load(x_ptr + xrow[None, :] + k[:, None], mask=there[None, :] & (k < K)[:, None], other=0.0)
+def load_inputs(x_ptr, xrow, there, k0, K, BK: tl.constexpr):
+    """x[xrow, k0:k0+BK] transposed, (BK, BM)."""
+    k = k0 + tl.arange(0, BK)
+    return tl.load(x_ptr + xrow[None, :] + k[:, None], mask=there[None, :] & (k < K)[:, None], other=0.0)
+
+
+@triton.jit
+def widened_nibbles(
+    w_ptr, s_ptr, z_ptr, row, srow, ok, k0, K, ldw, lds,
+    FMT: tl.constexpr, G: tl.constexpr, BK: tl.constexpr, DT: tl.constexpr,
+):  # fmt: skip
+    """What ``paired_nibbles`` gives, for any DT, through float32."""
+    BN: tl.constexpr = row.shape[0]
+    NG: tl.constexpr = BK // G if BK > G else 1
+    g, run, c = k0 // G + tl.arange(0, NG), k0 // 32 + tl.arange(0, BK // 32), tl.arange(0, 16)
+    there, at = ok[:, None] & (g * G < K)[None, :], srow[:, None] * lds + g[None, :]
+    data = tl.load(
+        w_ptr + row[:, None, None] * ldw + run[None, :, None] * 16 + c[None, None, :],
+        mask=ok[:, None, None] & (run * 32 < K)[None, :, None], other=0,
+    ).reshape(BN, NG, BK // NG // 32, 16)  # fmt: skip
+    scale = load_group_scale(s_ptr, at, there, FMT)[:, :, None, None]
+    if FMT == "mxfp4":
+        low, high = e2m1(data)
     else:
-        k = k0 + tl.arange(0, BK)
-        low = tl.load(x_ptr + xrow[None, :] + k[:, None], mask=there[None, :] & (k < K)[:, None], other=0.0)
-        high = low
-    return low, high
+        low, high = nibbles(data, group_offset(z_ptr, at, there, FMT)[:, :, None, None])
+    return narrow(low * scale, DT).reshape(BN, BK // 32, 16), narrow(high * scale, DT).reshape(BN, BK // 32, 16)
 
 
 @triton.jit
 def multiply_tile(
-    acc, low_x, high_x, w_ptr, s_ptr, z_ptr, row, srow, ok, k0, K, ldw, lds,
-    FMT: tl.constexpr, G: tl.constexpr, BK: tl.constexpr, NATIVE: tl.constexpr,
+    acc, x, w_ptr, s_ptr, z_ptr, row, srow, ok, k0, K, ldw, lds,
+    FMT: tl.constexpr, G: tl.constexpr, BK: tl.constexpr, NATIVE: tl.constexpr, PAIRED: tl.constexpr,
 ):  # fmt: skip
-    """acc (BN, BM) += w[row, k0:k0+BK] · x; weights become x's dtype, scales and all (int8's scale is the caller's)."""
-    DT: tl.constexpr = low_x.dtype
-    BN: tl.constexpr = row.shape[0]
-    if FMT == "model" or FMT == "int8" or FMT == "fp8":
+    """acc (BN, BM) += w[row, k0:k0+BK] · x; weights become x's dtype, scales and all (int8's scale is the caller's).
+
+    PAIRED: two stored bytes at a time become x's 16 bits without a way through float32 (``StoredWeight.paired``).
+    """
+    DT: tl.constexpr = x.dtype
+    if FMT == "int4" or FMT == "int4zp" or FMT == "mxfp4":
+        if PAIRED:
+            low, high = paired_nibbles(w_ptr, s_ptr, z_ptr, row, srow, ok, k0, K, ldw, lds, FMT, G, BK, DT)
+        else:
+            low, high = widened_nibbles(w_ptr, s_ptr, z_ptr, row, srow, ok, k0, K, ldw, lds, FMT, G, BK, DT)
+        # 16 bytes hold 32 neighbours, the first 16 in their low halves: joined so, the order is x's own, and with one
+        # product an accumulator it runs beside the next step's unpacking.
+        w = tl.join(low, high).permute(0, 1, 3, 2).reshape(row.shape[0], BK)
+    elif FMT == "int8" and PAIRED:
+        k = k0 // 2 + tl.arange(0, BK // 2)
+        words = w_ptr.to(tl.pointer_type(tl.uint16)) + row[:, None] * (ldw // 2)
+        data = tl.load(words + k[None, :], mask=ok[:, None] & (k < K // 2)[None, :], other=0).to(tl.int32)
+        w = tl.join(int8_byte(data, False), int8_byte(data, True)).reshape(row.shape[0], BK)
+    else:
         k = k0 + tl.arange(0, BK)
         w = tl.load(w_ptr + row[:, None] * ldw + k[None, :], mask=ok[:, None] & (k < K)[None, :], other=0)
         if FMT == "fp8":
-            scale = load_group_scale(s_ptr, srow * lds + k0 // G, ok, FMT)
-            w = e4m3(w, NATIVE) * scale[:, None]
-        acc = product(narrow(w, DT), low_x, acc)
-    else:
-        # A tile is whole groups (3-d, one scale a group), or lies inside one group.
-        NG: tl.constexpr = BK // G if BK > G else 1
-        GB: tl.constexpr = BK // NG // 2
-        g = k0 // G + tl.arange(0, NG)
-        there = ok[:, None] & (g * G < K)[None, :]
-        at = srow[:, None] * lds + g[None, :]
-        col = k0 // 2 + tl.arange(0, NG)[:, None] * GB + tl.arange(0, GB)[None, :]
-        data = tl.load(w_ptr + row[:, None, None] * ldw + col[None, :, :], mask=there[:, :, None], other=0)
-        scale = load_group_scale(s_ptr, at, there, FMT)[:, :, None]
-        if FMT == "mxfp4":
-            low, high = e2m1(data)
-        else:
-            low, high = nibbles(data, group_offset(z_ptr, at, there, FMT)[:, :, None])
-        acc = product(narrow(low * scale, DT).reshape(BN, NG * GB), low_x, acc)
-        acc = product(narrow(high * scale, DT).reshape(BN, NG * GB), high_x, acc)
-    return acc
+            w = e4m3(w, NATIVE) * load_group_scale(s_ptr, srow * lds + k0 // G, ok, FMT)[:, None]
+        w = narrow(w, DT)
+    return product(w, x, acc)
 
 
 @dataclass(frozen=True)
@@ -179,6 +199,26 @@ class StoredWeight:
         """Whether ``multiply_integers`` serves: a format of 4 or 8 bits in whole 16-byte runs, inputs of 16 bits."""
         return self.small_integers and x.element_size() == 2 and self.ldw % 16 == 0
 
+    def whole_groups(self, step: int) -> bool:
+        """Whether steps of a tile's loop are parts of a group, or whole groups (of nibbles alone)."""
+        return not self.grouped or self.group % step == 0 or (self.nibbles and step % self.group == 0)
+
+    def paired(self, dtype: torch.dtype, step: int) -> bool:
+        """Whether ``multiply_tile`` unpacks two bytes at a time for inputs of a dtype.
+
+        The dtype holds codes and scales exactly, and one word holds a step's scales of a row.
+        """
+        if self.fmt == "int8":
+            return dtype == torch.bfloat16 and self.ldw % 2 == 0
+        groups = max(step // max(self.group, 1), 1)
+        one_word = self.lds % groups == 0 and groups * self.scales.element_size() <= 4
+        exact = torch.bfloat16 if self.fmt == "mxfp4" else self.scales.dtype
+        return self.nibbles and one_word and dtype.itemsize == 2 and dtype == exact
+
+    def tile_constants(self, x: torch.Tensor, step: int) -> dict[str, object]:
+        """The launch arguments of a kernel that calls ``multiply_tile``."""
+        return {"BK": step, "PAIRED": self.paired(x.dtype, step), **self.constants()}
+
     def constants(self) -> dict[str, object]:
         """The launch arguments that name the format."""
         native = self.fmt == "fp8" and native_fp8(self.data.device)
@@ -206,6 +246,12 @@ def row_inputs(x: torch.Tensor, weight: StoredWeight) -> RowInputs:
 def step_of(K: int, steps: Sequence[int]) -> int:
     """The first (largest) step of which whole ones cover K with at most a tenth to spare; else the last."""
     return next((s for s in steps if cdiv(K, s) * s <= 1.1 * K), steps[-1])
+
+
+def tile_step(weight: StoredWeight, dtype: torch.dtype) -> int:
+    """Values of k a step of a tile's loop."""
+    steps = [step for step in ((64, 32) if dtype.itemsize == 2 else (32,)) if weight.whole_groups(step)]
+    return next((step for step in steps if weight.paired(dtype, step)), steps[0])
 
 
 def integer_step(weight: StoredWeight, K: int) -> tuple[int, int]:

@@ -246,7 +246,7 @@ def check_experts(name: str, weights: str) -> list[Row]:
         x = randn(T, spec.hidden, seed=T)
         ids, w = routing(T, spec, model.K, 1)[0]
         out = poison(torch.empty_like(x))
-        chosen = None if pairs else experts.tiles_choice(spec, packed, block, 2)
+        chosen = None if pairs else experts.tiles_choice(spec, packed, block, BF16)
         experts.routed_experts(spec, x, ids, w, packed, pairs=pairs, configs=chosen, out=out)
         rows.append(
             Row(
