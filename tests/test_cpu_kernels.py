@@ -85,6 +85,15 @@ def test_every_format_on_every_isa_equals_the_dequantised_reference(isa, weights
 
 
 @pytest.mark.parametrize("isa", native.isas())
+@pytest.mark.parametrize("weights", ["model", "fp8", "int8", "int4"])
+@pytest.mark.parametrize("tokens", [6, 16, 40])
+def test_rows_of_several_blocks_over_several_blocks_of_inputs(isa, weights, tokens):
+    native.set_isa(isa)
+    for dtype in (torch.float32, torch.bfloat16):
+        check(ExpertsSpec(2, 1100, 560, weights=weights), dtype, tokens, 1)
+
+
+@pytest.mark.parametrize("isa", native.isas())
 @pytest.mark.parametrize("weights", FOUR_BITS)
 def test_int8_activations_add_less_than_one_percent(isa, weights):
     native.set_isa(isa)

@@ -174,50 +174,29 @@ bool takes_amx(const Run& r, int64_t rows) {
   return r.kernels->amx && r.call->x_dtype == KTFX_BF16 && rows >= amx_rows() && f != KTFX_FMT_F32 && f != KTFX_FMT_F16;
 }
 
-TileFn tile_kernel(const Run& r, const ktfx_matrix& m, Panel panel, int rows) {
-  if (panel == kPanelF32) return r.kernels->f32[m.format][rows];
+// ahead: null where the kernel fetches its own weights.
+TileFn tile_kernel(const Run& r, const ktfx_matrix& m, Panel panel, int rows, const Ahead* ahead) {
+  if (panel == kPanelF32) return (ahead && m.format <= KTFX_FMT_BF16 ? r.kernels->f32_near : r.kernels->f32)[m.format][rows];
   const int s = m.scale_dtype == KTFX_BF16 ? 1 : m.scale_dtype == KTFX_F16 ? 2 : 0;
   return panel == kPanelI16 ? r.kernels->i16[m.format - KTFX_FMT_INT8][s][rows]
                             : r.kernels->i8[m.format - KTFX_FMT_INT8][s][rows];
 }
 
-int input_bits(int format) {
-  if (format == KTFX_FMT_F32) return 32;
-  if (format <= KTFX_FMT_F16) return 16;
-  return format <= KTFX_FMT_INT8 ? 8 : 4;
-}
-
-// Fetches weights that come next while the present ones are computed with, a part at a time: memory and arithmetic then
-// overlap, where few rows share a weight neither can hide the other by itself.
-class Ahead {
- public:
-  Ahead(const uint8_t* from, int64_t bytes, int parts) : at_(from), end_(from + bytes) {
-    part_ = ((bytes + 63) / 64 + parts - 1) / parts * 64;
-  }
-  void part() {
-    const uint8_t* stop = std::min(at_ + part_, end_);
-    for (; at_ < stop; at_ += 64) __builtin_prefetch(at_, 0, 2);
-  }
-
- private:
-  const uint8_t *at_, *end_;
-  int64_t part_;
-};
-
 // One row block over inputs [k, end) of a tile, or of the panel that it was unpacked to.
 void multiply_rows(const Run& r, const ktfx_matrix& m, const PanelKind& kind, const uint8_t* tile, const float* panel,
-                   const uint8_t* next, const RowBlock& b, const Rows& in, int k, int end, float* c) {
+                   const uint8_t* next, const Ahead* ahead, const RowBlock& b, const Rows& in, int k, int end, float* c) {
   const KernelTable& kt = *r.kernels;
   if (!panel) {
-    const TileArgs a{tile, &m, in.q, in.dx, in.sx, c, k, end, kind.block, k == 0, next,
-                     ahead_bytes(m.format)};
-    tile_kernel(r, m, kind.panel, b.rows)(&a);
+    const TileArgs a{tile, &m, in.q, in.dx, in.sx, c, k, end, kind.block, k == 0, next, ahead_bytes(m.format),
+                     ahead ? *ahead : Ahead{}};
+    tile_kernel(r, m, kind.panel, b.rows, ahead)(&a);
   } else if (kind.panel == kPanelF32) {
     const float* x = (const float*)in.q + (int64_t)k * b.rows;  // the panel begins at input 0
-    const TileArgs a{(const uint8_t*)panel, nullptr, x, nullptr, nullptr, c, 0, end - k, kind.block, k == 0, nullptr, 0};
-    kt.f32[KTFX_FMT_F32][b.rows](&a);
+    const TileArgs a{(const uint8_t*)panel, nullptr, x, nullptr, nullptr, c, 0, end - k, kind.block, k == 0, nullptr, 0,
+                     *ahead};
+    kt.f32_near[KTFX_FMT_F32][b.rows](&a);
   } else {
-    const PanelArgs a{panel, panel + 256 * kTile, in.q, in.dx, in.sx, c, k, end, kind.block, k == 0};
+    const PanelArgs a{panel, panel + 256 * kTile, in.q, in.dx, in.sx, c, k, end, kind.block, k == 0, *ahead};
     (kind.panel == kPanelI16 ? kt.panel_i16 : kt.panel_i8[m.format == KTFX_FMT_MXFP4])[b.rows](&a);
   }
 }
@@ -247,9 +226,9 @@ void multiply(const Run& r, const ktfx_matrix& m, const uint8_t* w, int tiles, c
       const uint8_t* tile = w + t * m.tile_bytes;
       // Next: the next tile's inputs, else the first tile's next ones, else what the next task is likely to read.
       const bool last_tile = t + 1 == tiles, last = last_tile && end == m.Kp;
-      const uint8_t* next = last ? w + tiles * m.tile_bytes : last_tile ? w : tile + m.tile_bytes;
+      const uint8_t* next = last ? (after ? after : w + tiles * m.tile_bytes) : last_tile ? w : tile + m.tile_bytes;
       const int from = last ? 0 : last_tile ? end : k;
-      Ahead ahead(next + from * bits / 8, parts > 1 ? std::min(step, m.Kp - from) * bits / 8 : 0, parts);
+      const int64_t bytes = std::min(step, m.Kp - from) * bits / 8;
       if (unpack) {
         if (kind.panel == kPanelF32) kt.unpack_f32(&m, tile, k, end, scratch);
         else
@@ -258,9 +237,9 @@ void multiply(const Run& r, const ktfx_matrix& m, const uint8_t* w, int tiles, c
       }
       float* to = c + (int64_t)t * chunk.rows * kTile;
       for (int i = chunk.first; i < chunk.last; ++i) {
-        ahead.part();
-        multiply_rows(r, m, kind, tile, unpack ? scratch : nullptr, last_tile ? after : tile + m.tile_bytes, blocks[i], down ? blocks[i].h : blocks[i].x, k, end,
-                      to);
+        const Ahead ahead = share_ahead(next + from * bits / 8, bytes, i - chunk.first, parts, end - k);
+        multiply_rows(r, m, kind, tile, unpack ? scratch : nullptr, last_tile ? after : tile + m.tile_bytes,
+                      unpack || parts > 1 ? &ahead : nullptr, blocks[i], down ? blocks[i].h : blocks[i].x, k, end, to);
         to += blocks[i].rows * kTile;
       }
     }

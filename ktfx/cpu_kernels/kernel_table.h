@@ -15,6 +15,14 @@ constexpr int kAhead = 1024;
 // How the rows of an expert's input lie for the tile kernels.
 enum Panel { kPanelF32 = 0, kPanelI16 = 1, kPanelI8 = 2, kPanelBf16Rows = 3 };
 
+// Weights that will be read later, fetched while others are computed with: the line at `at`, which moves on by `step`
+// bytes every four inputs. Memory and arithmetic overlap only if the lines are spread over the arithmetic: the processor
+// keeps some two dozen on their way, and waits for room when it is asked for more.
+struct Ahead {
+  const uint8_t* at;
+  int64_t step;
+};
+
 struct TileArgs {
   const uint8_t* w;    // the tile
   const ktfx_matrix* m;
@@ -26,7 +34,8 @@ struct TileArgs {
   int32_t block;       // inputs an activation scale
   bool first;
   const uint8_t* next = nullptr;  // the tile that will be read after this one; null: not known
-  int32_t ahead = 0;  // bytes fetched before they are read; 0: kAhead
+  int32_t distance = 0;            // bytes fetched before they are read; 0: kAhead
+  Ahead ahead = {};                // for f32_near
 };
 
 // A row block over inputs [k0, k1) of a tile that was unpacked to a panel.
@@ -39,6 +48,7 @@ struct PanelArgs {
   float* c;
   int32_t k0, k1, block;
   bool first;
+  Ahead ahead;
 };
 
 using TileFn = void (*)(const TileArgs*);
@@ -48,9 +58,10 @@ struct KernelTable {
   const char* name;
   int rows, rows_direct;            // the largest register tile; the largest that reads integer tiles as they lie
   TileFn f32[4][kMaxRows + 1];       // by format F32..FP8, rows
+  TileFn f32_near[2][kMaxRows + 1];  // F32 and BF16 that were fetched before, or are a panel; fetches `ahead`
   TileFn i16[4][3][kMaxRows + 1];    // by format INT8..MXFP4, scale dtype, rows
   TileFn i8[4][3][kMaxRows + 1];
-  PanelFn panel_i16[kMaxRows + 1], panel_i8[2][kMaxRows + 1];  // int8: wide or not, rows
+  PanelFn panel_i16[kMaxRows + 1], panel_i8[2][kMaxRows + 1];  // int8: wide or not, rows; they fetch `ahead`
   void (*unpack_f32)(const ktfx_matrix* m, const uint8_t* w, int32_t k0, int32_t k1, float* out);
   void (*unpack_i16)(const ktfx_matrix* m, const uint8_t* w, int32_t k0, int32_t k1, int block, void* out, float* scales);
   void (*unpack_i8)(const ktfx_matrix* m, const uint8_t* w, int32_t k0, int32_t k1, int block, void* out, float* scales);

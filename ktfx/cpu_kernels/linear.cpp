@@ -169,24 +169,28 @@ void fill_task(void* context, int share, int64_t task, int worker) {
   fill_block(r, r.blocks[share_begin(n, share, r.pool->shares()) + task], r.scratch + worker * r.scratch_floats);
 }
 
-TileFn tile_kernel(const Run& r, int rows) {
-  if (r.panel == kPanelF32) return r.kernels->f32[r.m->format][rows];
+// ahead: null where the kernel fetches its own weights.
+TileFn tile_kernel(const Run& r, int rows, const Ahead* ahead) {
+  const int f = r.m->format;
+  if (r.panel == kPanelF32) return (ahead && f <= KTFX_FMT_BF16 ? r.kernels->f32_near : r.kernels->f32)[f][rows];
   const int s = r.m->scale_dtype == KTFX_BF16 ? 1 : r.m->scale_dtype == KTFX_F16 ? 2 : 0;
   return (r.panel == kPanelI16 ? r.kernels->i16 : r.kernels->i8)[r.m->format - KTFX_FMT_INT8][s][rows];
 }
 
 // One row block over inputs [k, end) of a tile, or of the panel that it was unpacked to.
-void multiply_rows(const Run& r, const uint8_t* tile, const float* panel, const RowBlock& b, int k, int end, float* c) {
+void multiply_rows(const Run& r, const uint8_t* tile, const float* panel, const Ahead* ahead, const RowBlock& b, int k,
+                   int end, float* c) {
   const KernelTable& kt = *r.kernels;
   if (!panel) {
-    const TileArgs a{tile, r.m, b.q, b.dx, b.sx, c, k, end, r.block, k == 0};
-    tile_kernel(r, b.rows)(&a);
+    const TileArgs a{tile, r.m, b.q, b.dx, b.sx, c, k, end, r.block, k == 0, nullptr, 0, ahead ? *ahead : Ahead{}};
+    tile_kernel(r, b.rows, ahead)(&a);
   } else if (r.panel == kPanelF32) {
     const float* x = (const float*)b.q + (int64_t)k * b.rows;  // the panel begins at input 0
-    const TileArgs a{(const uint8_t*)panel, nullptr, x, nullptr, nullptr, c, 0, end - k, r.block, k == 0};
-    kt.f32[KTFX_FMT_F32][b.rows](&a);
+    const TileArgs a{(const uint8_t*)panel, nullptr, x, nullptr, nullptr, c, 0, end - k, r.block, k == 0, nullptr, 0,
+                     *ahead};
+    kt.f32_near[KTFX_FMT_F32][b.rows](&a);
   } else {
-    const PanelArgs a{panel, panel + 256 * kTile, b.q, b.dx, b.sx, c, k, end, r.block, k == 0};
+    const PanelArgs a{panel, panel + 256 * kTile, b.q, b.dx, b.sx, c, k, end, r.block, k == 0, *ahead};
     (r.panel == kPanelI16 ? kt.panel_i16 : kt.panel_i8[r.m->format == KTFX_FMT_MXFP4])[b.rows](&a);
   }
 }
@@ -203,14 +207,21 @@ void multiply(const Run& r, const uint8_t* w, int tiles, const Chunk& chunk, flo
              (uint16_t*)scratch);
     return;
   }
+  const int parts = chunk.last - chunk.first;
   const bool unpack = chunk.rows > kt.rows_direct && m.format != KTFX_FMT_F32 && m.format != KTFX_FMT_BF16;
   // A panel holds kInputBlock inputs of two bytes, or half as many floats.
   const int many = r.panel == kPanelF32 ? kInputBlock / 2 : kInputBlock;
-  const int step = unpack ? many : chunk.last - chunk.first > 1 ? kInputBlock : m.Kp;
+  const int step = unpack ? many : parts > 1 ? kInputBlock : m.Kp;
+  const int64_t bits = input_bits(m.format) * kTile;
   for (int k = 0; k < m.Kp; k += step)
     for (int t = 0; t < tiles; ++t) {
       const int end = std::min(k + step, m.Kp);
       const uint8_t* tile = w + t * m.tile_bytes;
+      // Next: the next tile's inputs, else the first tile's next ones, else what the next task is likely to read.
+      const bool last_tile = t + 1 == tiles, last = last_tile && end == m.Kp;
+      const int from = last ? 0 : last_tile ? end : k;
+      const uint8_t* next = (last ? w + tiles * m.tile_bytes : last_tile ? w : tile + m.tile_bytes) + from * bits / 8;
+      const int64_t bytes = std::min(step, m.Kp - from) * bits / 8;
       if (unpack) {
         if (r.panel == kPanelF32) kt.unpack_f32(&m, tile, k, end, scratch);
         else
@@ -218,7 +229,8 @@ void multiply(const Run& r, const uint8_t* w, int tiles, const Chunk& chunk, flo
       }
       float* to = c + (int64_t)t * chunk.rows * kTile;
       for (int i = chunk.first; i < chunk.last; ++i) {
-        multiply_rows(r, tile, unpack ? scratch : nullptr, r.blocks[i], k, end, to);
+        const Ahead ahead = share_ahead(next, bytes, i - chunk.first, parts, end - k);
+        multiply_rows(r, tile, unpack ? scratch : nullptr, unpack || parts > 1 ? &ahead : nullptr, r.blocks[i], k, end, to);
         to += r.blocks[i].rows * kTile;
       }
     }

@@ -107,6 +107,23 @@ KTFX_INLINE vi widen(vb b) {
 }
 KTFX_INLINE vf bf16_to_float(vh h) { return as_float(widen(h) << 16); }
 
+// sum += v * x, for one row. With AVX2, twelve sums, two weights, a mask and x take all sixteen registers: GCC, left to
+// choose, copies sums and sends some through memory, so x has a register of its own. AVX-512 takes x from memory.
+KTFX_INLINE void multiply_add(vf (&sum)[V], const vf (&v)[V], const float* x) {
+#if KTFX_INT == 2
+  asm volatile("vbroadcastss %4, %%ymm15\n\tvfmadd231ps %2, %%ymm15, %0\n\tvfmadd231ps %3, %%ymm15, %1"
+               : "+x"(sum[0]), "+x"(sum[1])
+               : "x"(v[0]), "x"(v[1]), "m"(*x)
+               : "xmm15");
+#else
+  UNROLL
+  for (int t = 0; t < V; ++t) {
+    sum[t] += v[t] * splat(*x);
+    HOLD(sum[t]);
+  }
+#endif
+}
+
 KTFX_INLINE vf half_to_float(vh h) {
 #if KTFX_INT == 2
   return (vf)_mm256_cvtph_ps((__m128i)h);
@@ -158,7 +175,7 @@ struct Fetcher {
   KTFX_MEMBER Fetcher(const TileArgs* a, int64_t bytes) {
     end = a->w + bytes;
     skip = (a->next ? a->next : a->w) - end;
-    ahead = a->ahead ? a->ahead : kAhead;
+    ahead = a->distance ? a->distance : kAhead;
   }
   KTFX_MEMBER void line(const uint8_t* at) const {
     const uint8_t* p = at + ahead;
@@ -166,7 +183,13 @@ struct Fetcher {
   }
 };
 
-template <int F, int M>
+KTFX_INLINE void fetch_ahead(Ahead& ahead) {
+  __builtin_prefetch(ahead.at, 0, 2);
+  ahead.at += ahead.step;
+}
+
+// Near: the weights were fetched before, and others are fetched meanwhile.
+template <int F, int M, bool Near = false>
 void float_tile(const TileArgs* a) {
   // Enough independent sums to hide the latency of a multiply-add, also for one row.
   constexpr int U = M * V >= 8 ? 1 : M * V >= 4 ? 2 : 4;
@@ -174,27 +197,25 @@ void float_tile(const TileArgs* a) {
   const uint8_t* w = a->w;
   int32_t k = a->k0;
   bool first = a->first;
-  // A tile that was unpacked to a panel (no matrix) is in the nearest cache already.
-  const Fetcher fetch(a, (int64_t)(a->m ? a->m->Kp : a->k1) / 4 * row_bytes4(F));
+  const Fetcher fetch(a, Near ? 0 : (int64_t)a->m->Kp / 4 * row_bytes4(F));
+  Ahead ahead = a->ahead;
   while (k < a->k1) {
     int32_t end = F == KTFX_FMT_FP8 && k + kFp8Block < a->k1 ? k + kFp8Block : a->k1;
     vf acc[U][M][V] = {};
     for (int64_t q = k / 4; q < end / 4; ++q) {
-      for (int i = 0; i < row_bytes4(F); i += 64) fetch.line(w + q * row_bytes4(F) + i);
+      if constexpr (Near) fetch_ahead(ahead);
+      else
+        for (int i = 0; i < row_bytes4(F); i += 64) fetch.line(w + q * row_bytes4(F) + i);
       UNROLL
       for (int i = 0; i < 4; ++i) {
         vf v[V];
         UNROLL
-        for (int t = 0; t < V; ++t) v[t] = load1<F>(w, q, i, t);
-        UNROLL
-        for (int r = 0; r < M; ++r) {
-          const vf b = splat(x[(q * 4 + i) * M + r]);
-          UNROLL
-          for (int t = 0; t < V; ++t) {
-            acc[i % U][r][t] += v[t] * b;
-            HOLD(acc[i % U][r][t]);
-          }
+        for (int t = 0; t < V; ++t) {
+          v[t] = load1<F>(w, q, i, t);
+          HOLD(v[t]);
         }
+        UNROLL
+        for (int r = 0; r < M; ++r) multiply_add(acc[i % U][r], v, x + (q * 4 + i) * M + r);
       }
     }
     UNROLL
@@ -593,12 +614,14 @@ void panel_i16(const PanelArgs* a) {
   const int32_t* x = (const int32_t*)a->x;
   const float* scales = a->scales;
   const char* w = (const char*)a->panel;
+  Ahead ahead = a->ahead;
   int64_t b = a->k0 / a->block;
   bool first = a->first;
   for (int32_t k = a->k0; k < a->k1; k += a->block, ++b, scales += kTile) {
     const int32_t end = k + a->block < a->k1 ? k + a->block : a->k1;
     vi acc[M][V] = {};
-    for (int64_t q = k / 2; q < end / 2; q += 2, w += 128)
+    for (int64_t q = k / 2; q < end / 2; q += 2, w += 128) {
+      fetch_ahead(ahead);
       UNROLL
       for (int i = 0; i < 2; ++i) {
         vi v[V];
@@ -614,6 +637,7 @@ void panel_i16(const PanelArgs* a) {
           }
         }
       }
+    }
     UNROLL
     for (int r = 0; r < M; ++r)
       UNROLL
@@ -633,6 +657,7 @@ void panel_i8(const PanelArgs* a) {
   const int32_t* x = (const int32_t*)a->x;
   const float* scales = a->scales;
   const char* w = (const char*)a->panel;
+  Ahead ahead = a->ahead;
   int64_t b = a->k0 / kBlock8;
   bool first = a->first;
   for (int32_t k = a->k0; k < a->k1; k += kBlock8, ++b, scales += 2 * kTile) {
@@ -649,6 +674,7 @@ void panel_i8(const PanelArgs* a) {
         UNROLL
         for (int t = 0; t < V; ++t) part[r][t] = _mm256_setzero_si256();
       for (int64_t q = from / 4; q < to / 4; ++q, w += 64) {
+        fetch_ahead(ahead);
         __m256i v[V];
         UNROLL
         for (int t = 0; t < V; ++t) v[t] = load<__m256i>(w + t * L * 4);
@@ -669,6 +695,7 @@ void panel_i8(const PanelArgs* a) {
     }
 #else
     for (int64_t q = k / 4; q < end / 4; ++q, w += 64) {
+      fetch_ahead(ahead);
       vi v[V];
       UNROLL
       for (int t = 0; t < V; ++t) v[t] = load<vi>(w + t * L * 4);
@@ -811,7 +838,23 @@ void quantize(const float* x, int64_t n, int block, int bits, void* q, int64_t q
   }
 }
 
+template <int M>
+void interleave_as(const float* const* rows, int64_t n, float* out) {
+  const float* row[M];
+  for (int r = 0; r < M; ++r) row[r] = rows[r];
+  for (int64_t k = 0; k < n; ++k, out += M)
+    UNROLL
+    for (int r = 0; r < M; ++r) out[r] = row[r][k];
+}
+
 void interleave(const float* const* rows, int mr, int64_t n, float* out) {
+  switch (mr) {
+    case 2: return interleave_as<2>(rows, n, out);
+    case 3: return interleave_as<3>(rows, n, out);
+    case 4: return interleave_as<4>(rows, n, out);
+    case 5: return interleave_as<5>(rows, n, out);
+    case 6: return interleave_as<6>(rows, n, out);
+  }
   for (int64_t k = 0; k < n; ++k)
     for (int r = 0; r < mr; ++r) out[k * mr + r] = rows[r][k];
 }
@@ -1228,6 +1271,8 @@ struct Fill {
       t.f32[1][M] = float_tile<KTFX_FMT_BF16, M>;
       t.f32[2][M] = float_tile<KTFX_FMT_F16, M>;
       t.f32[3][M] = float_tile<KTFX_FMT_FP8, M>;
+      t.f32_near[0][M] = float_tile<KTFX_FMT_F32, M, true>;
+      t.f32_near[1][M] = float_tile<KTFX_FMT_BF16, M, true>;
       t.panel_i16[M] = panel_i16<M>;
       t.panel_i8[0][M] = panel_i8<M, false>;
       t.panel_i8[1][M] = panel_i8<M, true>;

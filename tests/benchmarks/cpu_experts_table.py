@@ -149,7 +149,7 @@ def check_kernels() -> bool:
         native.set_isa(isa)
         worst = 0.0
         for fmt in [*FORMATS, "int4-g32", "int4-g128"]:
-            for E, H, inter, tokens, chosen in ((5, 96, 80, 3, 2), (3, 257, 130, 70, 2)):
+            for E, H, inter, tokens, chosen in ((5, 96, 80, 3, 2), (3, 257, 130, 70, 2), (2, 1100, 560, 40, 1)):
                 spec = spec_of(Shape(H, inter, E, chosen), fmt)
                 tensors = random_weights(Shape(H, inter, E, chosen), 1)
                 packed = native.pack(spec, tensors)
