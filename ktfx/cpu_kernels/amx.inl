@@ -135,7 +135,7 @@ void tile_to_bf16_any(const ktfx_matrix* m, const uint8_t* w, uint16_t* out) {
 
 // c0, c1: [rows][16]. scratch: 2 Kp x 16 bf16, used by all formats but BF16. w1 may be null.
 void amx_tiles(const ktfx_matrix* m, const uint8_t* w0, const uint8_t* w1, const uint16_t* x, int64_t ldx, int rows,
-               float* c0, float* c1, uint16_t* scratch) {
+               float* c0, float* c1, uint16_t* scratch, const uint8_t* next) {
   const uint8_t *b0 = w0, *b1 = w1;
   if (m->format != KTFX_FMT_BF16) {
     b0 = (const uint8_t*)scratch;
@@ -149,7 +149,6 @@ void amx_tiles(const ktfx_matrix* m, const uint8_t* w0, const uint8_t* w1, const
   const int64_t stride = ldx * 2;
   // The next two tiles are fetched while these are computed with, spread over all steps.
   const int passes = (rows + 31) / 32;
-  const uint8_t* next = (w1 ? w1 : w0) + m->tile_bytes;
   const int64_t lines = 2 * m->tile_bytes / 64;
   const int share = (int)((lines + (int64_t)steps * passes - 1) / ((int64_t)steps * passes));
   const uint8_t* const next_end = next + lines * 64;

@@ -201,7 +201,7 @@ void multiply_rows(const Run& r, const ktfx_matrix& m, const PanelKind& kind, co
   }
 }
 
-// c[tile][rows of the chunk][16] for `tiles` tiles from `w` on. after: what this thread reads next, null if unknown.
+// c[tile][rows of the chunk][16] for `tiles` tiles from `w` on. after: what this thread most likely reads next.
 void multiply(const Run& r, const ktfx_matrix& m, const uint8_t* w, int tiles, const uint8_t* after, const Chunk& chunk,
               bool down, float* c, float* scratch) {
   const KernelTable& kt = *r.kernels;
@@ -211,7 +211,8 @@ void multiply(const Run& r, const ktfx_matrix& m, const uint8_t* w, int tiles, c
     for (int t = 0; t < tiles; t += 2)
       kt.amx(&m, w + t * m.tile_bytes, t + 1 < tiles ? w + (t + 1) * m.tile_bytes : nullptr,
              (const uint16_t*)(down ? b.h.q : b.x.q), m.Kp, chunk.rows, c + (int64_t)t * chunk.rows * kTile,
-             c + (int64_t)(t + 1) * chunk.rows * kTile, (uint16_t*)scratch);
+             c + (int64_t)(t + 1) * chunk.rows * kTile, (uint16_t*)scratch,
+             t + 2 < tiles ? w + (t + 2) * m.tile_bytes : after);
     return;
   }
   const PanelKind& kind = down ? r.h_kind : r.x_kind;
@@ -224,9 +225,9 @@ void multiply(const Run& r, const ktfx_matrix& m, const uint8_t* w, int tiles, c
     for (int t = 0; t < tiles; ++t) {
       const int end = std::min(k + step, m.Kp);
       const uint8_t* tile = w + t * m.tile_bytes;
-      // Next: the next tile's inputs, else the first tile's next ones, else what the next task is likely to read.
+      // Next: the next tile's inputs, else the first tile's next ones, else what the next task reads.
       const bool last_tile = t + 1 == tiles, last = last_tile && end == m.Kp;
-      const uint8_t* next = last ? (after ? after : w + tiles * m.tile_bytes) : last_tile ? w : tile + m.tile_bytes;
+      const uint8_t* next = last ? after : last_tile ? w : tile + m.tile_bytes;
       const int from = last ? 0 : last_tile ? end : k;
       const int64_t bytes = std::min(step, m.Kp - from) * bits / 8;
       if (unpack) {
@@ -322,6 +323,13 @@ void gather_task(void* context, int, int64_t task, int) {
   }
 }
 
+const uint8_t* up_tiles(const ktfx_layer& l, int expert, int64_t h_tile) {
+  return l.up_weights + ((int64_t)expert * l.up.tiles + h_tile * (l.up.paired + 1)) * l.up.tile_bytes;
+}
+const uint8_t* down_tiles(const ktfx_layer& l, int expert, int64_t tile) {
+  return l.down_weights + ((int64_t)expert * l.down.tiles + tile) * l.down.tile_bytes;
+}
+
 void up_task(void* context, int share, int64_t task, int worker) {
   Run& r = *(Run*)context;
   const ktfx_layer& l = *r.layer;
@@ -330,16 +338,20 @@ void up_task(void* context, int share, int64_t task, int worker) {
   const int64_t groups = (l.down.Kp + kColumns - 1) / kColumns;
   const int64_t begin = share_begin(groups, share, r.pool->shares()), end = share_begin(groups, share + 1, r.pool->shares());
   const int64_t parts = kColumns / r.up_columns, part = task % ((end - begin) * parts);
-  const Chunk& chunk = r.ws->chunks[task / ((end - begin) * parts)];
+  const int64_t number = task / ((end - begin) * parts);
+  const Chunk& chunk = r.ws->chunks[number];
   const int64_t column = (begin + part / parts) * kColumns + part % parts * r.up_columns;
   if (column >= l.down.Kp) return;
   const int tile = (int)(column / kTile), columns = (int)std::min<int64_t>(r.up_columns, l.down.Kp - column);
   const int h_tiles = l.up.tiles / paired, count = std::max(0, std::min(columns / kTile, h_tiles - tile));
   float* c = r.scratch + worker * r.scratch_floats;
   float* tail = c + (int64_t)kColumns / kTile * 2 * kChunkRows * kTile;
-  const uint8_t* w = l.up_weights + ((int64_t)chunk.expert * l.up.tiles + (int64_t)tile * paired) * l.up.tile_bytes;
+  const uint8_t* w = up_tiles(l, chunk.expert, tile);
+  const uint8_t* after = w + (int64_t)count * paired * l.up.tile_bytes;
+  if (part + 1 == (end - begin) * parts && number + 1 < (int64_t)r.ws->chunks.size())
+    after = up_tiles(l, r.ws->chunks[number + 1].expert, begin * kColumns / kTile);
   if (chunk.amx) kt.amx_begin();
-  if (count) multiply(r, l.up, w, count * paired, nullptr, chunk, false, c, tail);
+  if (count) multiply(r, l.up, w, count * paired, after, chunk, false, c, tail);
   if (chunk.amx) kt.amx_end();
   const int64_t I = l.intermediate;
   const float* bias = l.up_bias ? l.up_bias + chunk.expert * I * paired : nullptr;
@@ -382,7 +394,7 @@ void down_chunk(const Run& r, const Chunk& chunk, const uint8_t* after, int tile
   const ktfx_layer& l = *r.layer;
   float* c = r.scratch + worker * r.scratch_floats;
   float* tail = c + (int64_t)kDownTiles * kChunkRows * kTile;
-  const uint8_t* w = l.down_weights + ((int64_t)chunk.expert * l.down.tiles + tile) * l.down.tile_bytes;
+  const uint8_t* w = down_tiles(l, chunk.expert, tile);
   if (chunk.amx) r.kernels->amx_begin();
   multiply(r, l.down, w, tiles, after, chunk, true, c, tail);
   if (chunk.amx) r.kernels->amx_end();
@@ -408,9 +420,9 @@ void down_fused_task(void* context, int share, int64_t task, int worker) {
   for (int64_t t = 0; t < r.T; ++t) memset(r.y + t * Hp + tile * kTile, 0, tiles * kTile * 4);
   const std::vector<Chunk>& chunks = r.ws->chunks;
   for (size_t i = 0; i < chunks.size(); ++i) {
-    // The same tiles of the next expert come after these.
-    const Chunk& then = chunks[std::min(i + 1, chunks.size() - 1)];
-    const uint8_t* after = l.down_weights + ((int64_t)then.expert * l.down.tiles + tile) * l.down.tile_bytes;
+    // The same tiles of the next expert come after these, then the next tiles of the first.
+    const bool last = i + 1 == chunks.size();
+    const uint8_t* after = down_tiles(l, chunks[last ? 0 : i + 1].expert, last ? tile + tiles : tile);
     down_chunk(r, chunks[i], after, tile, tiles, worker,
                [&](int32_t slot, int64_t) { return r.y + (int64_t)(slot / r.K) * Hp; });
   }
@@ -430,9 +442,12 @@ void down_task(void* context, int share, int64_t task, int worker) {
   const Chunk& chunk = r.ws->chunks[task / groups];
   const int tile = (int)(begin + task % groups * r.down_tiles);
   const int tiles = (int)std::min<int64_t>(r.down_tiles, end - tile);
+  const uint8_t* after = down_tiles(l, chunk.expert, tile + tiles);
+  if (tile + tiles == end && task / groups + 1 < (int64_t)r.ws->chunks.size())
+    after = down_tiles(l, r.ws->chunks[task / groups + 1].expert, begin);
   for (int i = 0; i < chunk.rows; ++i)
     memset(r.y + (int64_t)(chunk.slot + i) * Hp + tile * kTile, 0, tiles * kTile * 4);
-  down_chunk(r, chunk, nullptr, tile, tiles, worker, [&](int32_t, int64_t place) { return r.y + place * Hp; });
+  down_chunk(r, chunk, after, tile, tiles, worker, [&](int32_t, int64_t place) { return r.y + place * Hp; });
 }
 
 void sum_task(void* context, int, int64_t task, int worker) {
@@ -585,6 +600,24 @@ double note_phase(Run& r, double since, int phase, Pool::Times* times = nullptr)
   return now;
 }
 
+// Threads that are done with the up step fetch what they will read first in the down step.
+void read_ahead_of_down(Run& r, const int64_t* tasks) {
+  const ktfx_layer& l = *r.layer;
+  const int shares = r.pool->shares();
+  for (int w = 0; w < r.pool->threads(); ++w) {
+    int share;
+    int64_t task;
+    if (!r.pool->first_task(w, tasks, &share, &task)) continue;
+    const int64_t begin = share_begin(l.down.tiles, share, shares), end = share_begin(l.down.tiles, share + 1, shares);
+    const int64_t groups = (end - begin + r.down_tiles - 1) / r.down_tiles;
+    const int64_t tile = begin + task % groups * r.down_tiles;
+    const int64_t bytes = std::min<int64_t>(r.down_tiles, end - tile) * l.down.tile_bytes;
+    Reading& reading = r.pool->then_reads(w);
+    for (size_t i = r.fused ? 0 : task / groups; i < r.ws->chunks.size() && !reading.full(); ++i)
+      reading.add(down_tiles(l, r.ws->chunks[i].expert, tile), bytes);
+  }
+}
+
 int32_t run_part(Run& r) {
   const ktfx_layer& l = *r.layer;
   const int shares = r.pool->shares();
@@ -615,18 +648,20 @@ int32_t run_part(Run& r) {
     r.up_columns /= 2;
   for (int s = 0; s < shares; ++s)
     tasks[s] = chunks * (kColumns / r.up_columns) * (share_begin(columns, s + 1, shares) - share_begin(columns, s, shares));
+  // Fused tasks are long: at least eight a thread, as far as there are tiles.
+  r.down_tiles = r.fused ? std::max(1, std::min(kDownTiles, l.down.tiles / (8 * r.pool->threads()))) : kDownTiles;
+  int64_t later[kMaxShares];
+  for (int s = 0; s < shares; ++s) {
+    const int64_t n = share_begin(l.down.tiles, s + 1, shares) - share_begin(l.down.tiles, s, shares);
+    later[s] = (n + r.down_tiles - 1) / r.down_tiles * (r.fused ? 1 : chunks);
+  }
+  if (r.pool->threads() > 1) read_ahead_of_down(r, later);
   watch();
   r.pool->run(tasks, up_task, &r);
   since = note_phase(r, since, 2, &times);
 
-  // Fused tasks are long: at least eight a thread, as far as there are tiles.
-  r.down_tiles = r.fused ? std::max(1, std::min(kDownTiles, l.down.tiles / (8 * r.pool->threads()))) : kDownTiles;
-  for (int s = 0; s < shares; ++s) {
-    const int64_t n = share_begin(l.down.tiles, s + 1, shares) - share_begin(l.down.tiles, s, shares);
-    tasks[s] = (n + r.down_tiles - 1) / r.down_tiles * (r.fused ? 1 : chunks);
-  }
   watch();
-  r.pool->run(tasks, r.fused ? down_fused_task : down_task, &r);
+  r.pool->run(later, r.fused ? down_fused_task : down_task, &r);
   since = note_phase(r, since, 6, &times);
   if (since) r.pool->note_times(nullptr);
 
@@ -715,6 +750,13 @@ int32_t ktfx_experts(ktfx_call* call) {
     return ktfx::fail(call, KTFX_NO_MEMORY, "no memory for the call's bookkeeping");
   } catch (const std::exception& e) {
     return ktfx::fail(call, KTFX_BAD_ARGUMENT, e.what());
+  }
+}
+
+void ktfx_wake(void) {
+  try {
+    ktfx::pool()->wake();
+  } catch (const std::exception&) {  // no threads yet; the call will say so
   }
 }
 

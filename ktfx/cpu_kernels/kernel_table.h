@@ -65,9 +65,10 @@ struct KernelTable {
   void (*unpack_f32)(const ktfx_matrix* m, const uint8_t* w, int32_t k0, int32_t k1, float* out);
   void (*unpack_i16)(const ktfx_matrix* m, const uint8_t* w, int32_t k0, int32_t k1, int block, void* out, float* scales);
   void (*unpack_i8)(const ktfx_matrix* m, const uint8_t* w, int32_t k0, int32_t k1, int block, void* out, float* scales);
-  // AMX: rows x K in bf16 (row stride ldx elements) times two tiles; c0 and c1 are [rows][16]. Null without AMX.
+  // AMX: rows x K in bf16 (row stride ldx elements) times two tiles; c0 and c1 are [rows][16]. Fetches two tiles from `next`
+  // on. Null without AMX.
   void (*amx)(const ktfx_matrix* m, const uint8_t* w0, const uint8_t* w1, const uint16_t* x, int64_t ldx, int rows,
-              float* c0, float* c1, uint16_t* scratch);
+              float* c0, float* c1, uint16_t* scratch, const uint8_t* next);
   void (*amx_begin)();
   void (*amx_end)();
   void (*to_f32)(const void* x, int dtype, float* out, int64_t n, float factor);

@@ -101,6 +101,7 @@ int32_t ktfx_hash(const void* data, int64_t bytes, uint64_t out[2]);
 // Before packing: huge pages, and every node's share of every expert in that node's memory.
 void ktfx_place(uint8_t* data, const ktfx_matrix* m, int32_t experts, int32_t is_down);
 
+void ktfx_wake(void);  // threads that sleep begin to spin for a while: a call will come soon
 int32_t ktfx_experts(ktfx_call* call);
 int64_t ktfx_submit(const ktfx_call* call);         // copies the call; a ticket > 0
 int32_t ktfx_wait(int64_t ticket, char* message);   // the call's status; a ticket can be waited for once

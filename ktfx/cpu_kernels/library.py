@@ -83,6 +83,7 @@ _SIGNATURES: dict[str, tuple[object, list[object]]] = {
     "ktfx_hash": (c_int32, [c_void_p, c_int64, POINTER(c_uint64)]),
     "ktfx_unpack": (c_int32, [POINTER(Matrix), c_void_p, c_void_p]),
     "ktfx_place": (None, [c_void_p, POINTER(Matrix), c_int32, c_int32]),
+    "ktfx_wake": (None, []),
     "ktfx_experts": (c_int32, [POINTER(Call)]),
     "ktfx_submit": (c_int64, [POINTER(Call)]),
     "ktfx_wait": (c_int32, [c_int64, c_char_p]),

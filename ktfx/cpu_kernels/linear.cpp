@@ -204,7 +204,7 @@ void multiply(const Run& r, const uint8_t* w, int tiles, const Chunk& chunk, flo
     for (int t = 0; t < tiles; t += 2)
       kt.amx(&m, w + t * m.tile_bytes, t + 1 < tiles ? w + (t + 1) * m.tile_bytes : nullptr, (const uint16_t*)b.q, m.Kp,
              chunk.rows, c + (int64_t)t * chunk.rows * kTile, c + (int64_t)(t + 1) * chunk.rows * kTile,
-             (uint16_t*)scratch);
+             (uint16_t*)scratch, w + (t + 2) * m.tile_bytes);
     return;
   }
   const int parts = chunk.last - chunk.first;
@@ -217,7 +217,7 @@ void multiply(const Run& r, const uint8_t* w, int tiles, const Chunk& chunk, flo
     for (int t = 0; t < tiles; ++t) {
       const int end = std::min(k + step, m.Kp);
       const uint8_t* tile = w + t * m.tile_bytes;
-      // Next: the next tile's inputs, else the first tile's next ones, else what the next task is likely to read.
+      // Next: the next tile's inputs, else the first tile's next ones, else what the next task reads.
       const bool last_tile = t + 1 == tiles, last = last_tile && end == m.Kp;
       const int from = last ? 0 : last_tile ? end : k;
       const uint8_t* next = (last ? w + tiles * m.tile_bytes : last_tile ? w : tile + m.tile_bytes) + from * bits / 8;

@@ -24,6 +24,7 @@ namespace ktfx {
 namespace {
 
 constexpr uint32_t kClosed = 0x80000000u;
+constexpr int kSpinsAfterWake = 4;  // who was woken, has a call coming: it may still be prepared in Python
 constexpr int kWakes = 4;  // sleepers that one thread wakes: with so many, two rounds wake sixteen
 
 void relax() {
@@ -182,7 +183,8 @@ void resize_pool(int threads, int shares) {
   the_pool->reset(make_pool(threads, shares));
 }
 
-Pool::Pool(int threads, int shares) : threads_(threads), shares_(shares), inside_(kClosed) {
+Pool::Pool(int threads, int shares)
+    : threads_(threads), shares_(shares), ranges_(threads), reading_(threads), inside_(kClosed) {
   const int cores = (int)machine().cores.size();
   core_of_worker_.resize(threads_);
   for (int w = 0; w < threads_; ++w) core_of_worker_[w] = w < cores ? w : -1;
@@ -205,13 +207,15 @@ void Pool::pin(int worker, int core) {
   pthread_setaffinity_np(workers_[worker - 1].native_handle(), sizeof set, &set);
 }
 
+void Pool::wake() {
+  // Whoever wakes finds nothing open yet, and spins until there is.
+  if (!sleepers_.load(std::memory_order_relaxed)) return;
+  generation_.fetch_add(1);
+  futex_wake(generation_, kWakes);
+}
+
 void Pool::begin_call() {
-  // Waking takes as long as a small call's own preparation: let them overlap. Whoever wakes finds nothing open yet, and
-  // spins until there is.
-  if (sleepers_.load(std::memory_order_relaxed)) {
-    generation_.fetch_add(1);
-    futex_wake(generation_, kWakes);
-  }
+  wake();  // takes as long as a small call's own preparation: let them overlap
   // The caller is worker 0 and is not ours to pin; if it has moved onto a worker's core, that worker takes the core
   // left free. Costs a system call only when the caller has moved.
   if (threads_ == 1 || threads_ > (int)machine().cores.size()) return;
@@ -230,22 +234,27 @@ void Pool::begin_call() {
     }
 }
 
-bool Pool::wait_while(std::atomic<uint32_t>& word, uint32_t value) {
+// True when the word has changed; false after so many spin times.
+bool Pool::wait_while(std::atomic<uint32_t>& word, uint32_t value, Reading* reading, int spins) {
   const auto begin = std::chrono::steady_clock::now();
   for (;;) {
     for (int i = 0; i < 64; ++i) {
       if (word.load(std::memory_order_acquire) != value) return true;
-      relax();
+      if (!reading->fetch_line()) relax();
     }
-    if (std::chrono::steady_clock::now() - begin > spin_time()) return false;
+    if (std::chrono::steady_clock::now() - begin > spins * spin_time()) return false;
   }
 }
 
 void Pool::loop(int worker) {
   FloatMode mode;
+  Reading reading;  // a copy: the caller writes the next one while this thread still fetches
   uint32_t seen = 0;
+  int spins = 1;
   for (;;) {
-    if (!wait_while(generation_, seen)) {
+    const bool slept = !wait_while(generation_, seen, &reading, spins);
+    spins = slept ? kSpinsAfterWake : 1;
+    if (slept) {
       sleepers_.fetch_add(1);
       while (generation_.load() == seen) futex_wait(generation_, seen);
       // Each wakes some more, so that no thread spends its time on waking all the others. Nobody is missed: whoever
@@ -254,7 +263,11 @@ void Pool::loop(int worker) {
     }
     seen = generation_.load(std::memory_order_acquire);
     if (stop_) return;
-    if (!(inside_.fetch_add(1, std::memory_order_acq_rel) & kClosed)) work(worker);
+    reading.clear();
+    if (!(inside_.fetch_add(1, std::memory_order_acq_rel) & kClosed)) {
+      work(worker);
+      if (any_reading_) reading = reading_[worker];
+    }
     if (inside_.fetch_sub(1, std::memory_order_acq_rel) == kClosed + 1) futex_wake(inside_);
   }
 }
@@ -269,19 +282,55 @@ void Pool::work(int worker) {
   }
 }
 
+namespace {
+
+int64_t take_first(std::atomic<uint64_t>& left) {
+  uint64_t v = left.load(std::memory_order_relaxed);
+  while ((uint32_t)v < v >> 32)
+    if (left.compare_exchange_weak(v, v + 1, std::memory_order_relaxed)) return (uint32_t)v;
+  return -1;
+}
+int64_t take_last(std::atomic<uint64_t>& left) {
+  uint64_t v = left.load(std::memory_order_relaxed);
+  while ((uint32_t)v < v >> 32)
+    if (left.compare_exchange_weak(v, v - (1ull << 32), std::memory_order_relaxed)) return (int64_t)(v >> 32) - 1;
+  return -1;
+}
+
+}  // namespace
+
+uint64_t Pool::range_of(int worker, const int64_t* tasks) const {
+  const int share = own_share(worker), first = first_worker(share), workers = first_worker(share + 1) - first;
+  const uint64_t begin = (uint64_t)share_begin(tasks[share], worker - first, workers);
+  return begin | (uint64_t)share_begin(tasks[share], worker - first + 1, workers) << 32;
+}
+
+bool Pool::first_task(int worker, const int64_t* tasks, int* share, int64_t* task) const {
+  const uint64_t range = range_of(worker, tasks);
+  *share = own_share(worker);
+  *task = (uint32_t)range;
+  return (uint32_t)range < range >> 32;
+}
+
+// Tasks that workers of a share have left, beginning with worker `from`.
+int64_t Pool::help(int share, int from, int worker) {
+  const int first = first_worker(share), workers = first_worker(share + 1) - first;
+  int64_t done = 0;
+  for (int i = 0; i < workers; ++i) {
+    std::atomic<uint64_t>& left = ranges_[first + (from - first + i) % workers].left;
+    for (int64_t task; (task = take_last(left)) >= 0; ++done) fn_(context_, share, task, worker);
+  }
+  return done;
+}
+
 int64_t Pool::take_tasks(int worker) {
   int64_t done = 0;
-  const int own = (int)((int64_t)worker * shares_ / threads_);
-  for (int i = 0; i < shares_; ++i) {
+  const int own = own_share(worker);
+  for (int64_t task; (task = take_first(ranges_[worker].left)) >= 0; ++done) fn_(context_, own, task, worker);
+  done += help(own, worker, worker);
+  for (int i = 1; i < shares_; ++i) {
     const int share = (own + i) % shares_;
-    Counter& c = counters_[share];
-    for (;;) {
-      if (c.next.load(std::memory_order_relaxed) >= c.count) break;
-      const int64_t task = c.next.fetch_add(1, std::memory_order_relaxed);
-      if (task >= c.count) break;
-      fn_(context_, share, task, worker);
-      ++done;
-    }
+    done += help(share, first_worker(share), worker);
   }
   return done;
 }
@@ -289,27 +338,27 @@ int64_t Pool::take_tasks(int worker) {
 void Pool::run(const int64_t* tasks, TaskFn fn, void* context) {
   FloatMode mode;
   int64_t total = 0;
-  for (int s = 0; s < shares_; ++s) {
-    counters_[s].count = tasks[s];
-    counters_[s].next.store(0, std::memory_order_relaxed);
-    total += tasks[s];
-  }
+  for (int s = 0; s < shares_; ++s) total += tasks[s];
+  for (int w = 0; w < threads_; ++w) ranges_[w].left.store(range_of(w, tasks), std::memory_order_relaxed);
   fn_ = fn;
   context_ = context;
   if (total <= 1 || threads_ == 1) {
     work(0);
-    return;
+  } else {
+    inside_.fetch_and(~kClosed, std::memory_order_acq_rel);
+    generation_.fetch_add(1);
+    if (sleepers_.load()) futex_wake(generation_, kWakes);
+    work(0);
+    // All tasks are taken; wait for the workers that took some.
+    uint32_t value = inside_.fetch_or(kClosed, std::memory_order_acq_rel) | kClosed;
+    while (value != kClosed) {
+      if (!wait_while(inside_, value, &reading_[0], 1) && inside_.load() == value) futex_wait(inside_, value);
+      value = inside_.load(std::memory_order_acquire);
+    }
   }
-  inside_.fetch_and(~kClosed, std::memory_order_acq_rel);
-  generation_.fetch_add(1);
-  if (sleepers_.load()) futex_wake(generation_, kWakes);
-  work(0);
-  // All tasks are taken; wait for the workers that took some.
-  uint32_t value = inside_.fetch_or(kClosed, std::memory_order_acq_rel) | kClosed;
-  while (value != kClosed) {
-    if (!wait_while(inside_, value) && inside_.load() == value) futex_wait(inside_, value);
-    value = inside_.load(std::memory_order_acquire);
-  }
+  if (any_reading_)
+    for (Reading& r : reading_) r.clear();
+  any_reading_ = false;
 }
 
 }  // namespace ktfx

@@ -270,30 +270,45 @@ class NativeCall:
         return ctypes.addressof(self.struct)
 
 
+_NOT_HOST = "inputs and outputs of a native call must be contiguous, on the host, and of one dtype"
+
+
 def native_call(
     layer: NativeLayer, x_TH: torch.Tensor, ids_TK: torch.Tensor, weights_TK: torch.Tensor, out_TH: torch.Tensor
 ) -> NativeCall:
     """The C structure of one call over tensors that stay where they are; checks shapes and dtypes, not ids."""
+    struct = _call_struct(layer, x_TH, ids_TK, weights_TK, out_TH)
+    if (
+        out_TH.shape != x_TH.shape
+        or out_TH.dtype != x_TH.dtype
+        or not (x_TH.is_contiguous() and ids_TK.is_contiguous() and weights_TK.is_contiguous())
+        or not (out_TH.is_contiguous() and out_TH.is_cpu)
+    ):
+        raise HostCallError(_NOT_HOST)
+    return NativeCall(layer, struct, (x_TH, ids_TK, weights_TK, out_TH))
+
+
+def _call_struct(
+    layer: NativeLayer, x_TH: torch.Tensor, ids_TK: torch.Tensor, weights_TK: torch.Tensor, out_TH: torch.Tensor
+) -> native.Call:
+    """A ``ktfx_call`` over contiguous tensors and an output that is known to fit x."""
     # Weights have just passed through every cache, Python's own memory is far away: as few steps as will do.
     T, K = ids_TK.shape
-    x_dtype = x_TH.dtype
-    if x_TH.shape != (T, layer.spec.hidden) or weights_TK.shape != (T, K) or out_TH.shape != x_TH.shape:
+    x_dtype, weights_dtype = DTYPES.get(x_TH.dtype), DTYPES.get(weights_TK.dtype)
+    ids_dtype = _ID_DTYPES.get(ids_TK.dtype)
+    if x_TH.shape != (T, layer.spec.hidden) or weights_TK.shape != (T, K):
         raise HostCallError(
             f"shapes do not fit: x {tuple(x_TH.shape)}, ids {tuple(ids_TK.shape)}, weights {tuple(weights_TK.shape)}",
             expected=f"(T, {layer.spec.hidden}), (T, K), (T, K)",
         )
-    if x_dtype not in DTYPES or weights_TK.dtype not in DTYPES or ids_TK.dtype not in _ID_DTYPES:
+    if x_dtype is None or weights_dtype is None or ids_dtype is None:
         raise HostCallError(
-            f"dtypes do not fit: x {x_dtype}, ids {ids_TK.dtype}, weights {weights_TK.dtype}",
+            f"dtypes do not fit: x {x_TH.dtype}, ids {ids_TK.dtype}, weights {weights_TK.dtype}",
             expected="float32, bfloat16 or float16; ids int32 or int64",
         )
-    if (
-        not (x_TH.is_contiguous() and ids_TK.is_contiguous() and weights_TK.is_contiguous() and out_TH.is_contiguous())
-        or not (x_TH.is_cpu and ids_TK.is_cpu and weights_TK.is_cpu and out_TH.is_cpu)
-        or out_TH.dtype != x_dtype
-    ):
-        raise HostCallError("inputs and outputs of a native call must be contiguous, on the host, and of one dtype")
-    struct = native.Call(
+    if not (x_TH.is_cpu and ids_TK.is_cpu and weights_TK.is_cpu):
+        raise HostCallError(_NOT_HOST)
+    return native.Call(
         layer.pointer,
         x_TH.data_ptr(),
         ids_TK.data_ptr(),
@@ -301,11 +316,10 @@ def native_call(
         out_TH.data_ptr(),
         T,
         K,
-        DTYPES[x_dtype],
-        _ID_DTYPES[ids_TK.dtype],
-        DTYPES[weights_TK.dtype],
+        x_dtype,
+        ids_dtype,
+        weights_dtype,
     )
-    return NativeCall(layer, struct, (x_TH, ids_TK, weights_TK, out_TH))
 
 
 def _prepared(
@@ -319,12 +333,11 @@ def _prepared(
         ids_TK = ids_TK.long()
     if weights_TK.dtype not in DTYPES:
         weights_TK = weights_TK.float()
-    x_TH = x_TH.contiguous()
-    call = native_call(
-        _cached_layer(spec, packed), x_TH, ids_TK.contiguous(), weights_TK.contiguous(), torch.empty_like(x_TH)
-    )
-    call.packed = packed  # a ticket must hold them
-    return call
+    x_TH, ids_TK, weights_TK = x_TH.contiguous(), ids_TK.contiguous(), weights_TK.contiguous()
+    out_TH = torch.empty_like(x_TH)
+    layer = _cached_layer(spec, packed)
+    struct = _call_struct(layer, x_TH, ids_TK, weights_TK, out_TH)
+    return NativeCall(layer, struct, (x_TH, ids_TK, weights_TK, out_TH), packed)  # a ticket must hold the packed
 
 
 def _raise(status: int, message: str) -> None:
@@ -342,9 +355,13 @@ def forward(
     packed: Sequence[torch.Tensor],
 ) -> torch.Tensor:
     """The call, now: (T, H) in x's dtype. ctypes lets other Python threads run meanwhile."""
+    library = lib()
+    library.ktfx_wake()  # waking takes about as long as preparing
     call = _prepared(spec, x_TH, ids_TK, weights_TK, packed)
     if x_TH.shape[0]:
-        _raise(lib().ktfx_experts(ctypes.byref(call.struct)), call.struct.message.decode())
+        status = library.ktfx_experts(ctypes.byref(call.struct))
+        if status != _OK:
+            _raise(status, call.struct.message.decode())
     return call.tensors[3]
 
 
