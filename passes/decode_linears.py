@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import fx
 
-from ktfx.canonical import strip, tensor_of
+from ktfx.canonical import CAST, op_family, strip, tensor_of
 from ktfx.fusion import OnDevice, device_name, is_asked
 from ktfx.graph import info, insert_call, op_name
 from ktfx.ops.linear_rows import MOST_ROWS, MOST_WEIGHTS
@@ -24,8 +25,8 @@ _DTYPES = frozenset({torch.bfloat16, torch.float16})
 class DecodeLinears(Pass):
     """A step of one or two rows has to read each weight once and next to nothing else: a kernel that does only that
     needs less time than a general product, and begins to read while the kernel before it ends. Layers of one module
-    that read one input (q, k and v; gate and up) share a call. The weights stay where they are and as they are. Sums
-    are in float32, in another order.
+    that read one input (q, k and v; gate and up) share a call. The weights stay where they are and as they are, also
+    those that the model casts to float32 for the product (routers). Sums are in float32, in another order.
     """
 
     name = "decode_linears"
@@ -38,42 +39,74 @@ class DecodeLinears(Pass):
         if context.phase != "generate":
             return
         before = len(context.rewrites)
-        for nodes in self._groups(gm.graph, context):
-            module = _block(nodes)
+        for layers in self._groups(gm.graph, context):
+            module = _block(layers)
             if context.allows("decode_linears", module):
-                _replace(gm.graph, context, nodes, module)
+                _replace(gm.graph, context, layers, module)
         if len(context.rewrites) > before:
             gm.graph.eliminate_dead_code()
             gm.recompile()
 
-    def _groups(self, graph: fx.Graph, context: PassContext) -> list[list[fx.Node]]:
+    def _groups(self, graph: fx.Graph, context: PassContext) -> list[list[Layer]]:
         """Layers that one call can do, in the order of their first."""
-        groups: dict[tuple[Any, ...], list[fx.Node]] = {}
-        full: list[list[fx.Node]] = []
+        groups: dict[tuple[Any, ...], list[Layer]] = {}
+        full: list[list[Layer]] = []
         for node in graph.find_nodes(op="call_function", target=linear):
             if not is_asked(self.options.device, node, context):
                 continue
             module = info(node).module
-            why = _why_not(node)
+            layer = _layer(node)
+            why = _why_not(layer)
             if why is not None:
                 context.miss(module, f"decode_linears: {why}")
                 continue
-            key = (strip(node.args[0]), module.rpartition(".")[0], device_name(node, context), _bias(node) is None)
+            biased = layer.bias is not None
+            key = (strip(layer.x), module.rpartition(".")[0], device_name(node, context), biased, layer.wide)
             group = groups.setdefault(key, [])
-            group.append(node)
+            group.append(layer)
             if len(group) == MOST_WEIGHTS:
                 full.append(groups.pop(key))
         return full + list(groups.values())
 
 
-def _why_not(node: fx.Node) -> str | None:
-    x, weight = tensor_of(node.args[0]), tensor_of(node.args[1])
-    bias = tensor_of(_bias(node))
+@dataclass(frozen=True)
+class Layer:
+    """One ``aten.linear`` and what it multiplies; if all of it is cast to float32 first (``wide``), before the cast."""
+
+    node: fx.Node
+    x: Any
+    weight: Any
+    bias: Any
+    wide: bool
+
+
+def _layer(node: fx.Node) -> Layer:
+    own = Layer(node, node.args[0], node.args[1], _bias(node), False)
+    given = [v for v in (own.x, own.weight, own.bias) if v is not None]
+    narrow = [_before_cast(v) for v in given]
+    if any(n is None for n in narrow):
+        return own
+    return Layer(node, narrow[0], narrow[1], narrow[2] if own.bias is not None else None, True)
+
+
+def _before_cast(value: Any) -> Any:
+    """What a cast from 16 bits to float32 reads; None for anything else."""
+    value = strip(value)
+    if not isinstance(value, fx.Node) or op_family(value.target) != CAST:
+        return None
+    mine, theirs = tensor_of(value), tensor_of(value.args[0])
+    if mine is None or theirs is None or mine.device != theirs.device:
+        return None
+    return value.args[0] if mine.dtype == torch.float32 and theirs.dtype in _DTYPES else None
+
+
+def _why_not(layer: Layer) -> str | None:
+    x, weight, bias = tensor_of(layer.x), tensor_of(layer.weight), tensor_of(layer.bias)
     if x is None or weight is None or weight.dim() != 2:
         return "its weight is no matrix"
     if weight.dtype not in _DTYPES or x.dtype != weight.dtype or (bias is not None and bias.dtype != x.dtype):
         return f"it multiplies {x.dtype} by {weight.dtype}, not two of bfloat16 or float16"
-    if any(isinstance(p, fx.Node) and p.op != "placeholder" for p in (node.args[1], _bias(node))):
+    if any(isinstance(p, fx.Node) and p.op != "placeholder" for p in (layer.weight, layer.bias)):
         return "its weight is computed, not a parameter"
     if not weight.is_contiguous():
         return "its weight is stored transposed"
@@ -87,17 +120,18 @@ def _bias(node: fx.Node) -> Any:
     return node.args[2] if len(node.args) > 2 else node.kwargs.get("bias")
 
 
-def _block(nodes: Sequence[fx.Node]) -> str:
+def _block(layers: Sequence[Layer]) -> str:
     """The module of one layer, or the one around several."""
-    module = info(nodes[0]).module
-    return module if len(nodes) == 1 else module.rpartition(".")[0]
+    module = info(layers[0].node).module
+    return module if len(layers) == 1 else module.rpartition(".")[0]
 
 
-def _replace(graph: fx.Graph, context: PassContext, nodes: Sequence[fx.Node], module: str) -> None:
-    first = nodes[0]
-    weights, biases = [n.args[1] for n in nodes], [b for n in nodes if (b := _bias(n)) is not None]
-    with graph.inserting_before(first):
-        call = insert_call(graph, linear_rows, (strip(first.args[0]), weights, biases), like=first, module=module)
+def _replace(graph: fx.Graph, context: PassContext, layers: Sequence[Layer], module: str) -> None:
+    nodes, first = [layer.node for layer in layers], layers[0]
+    weights, biases = [layer.weight for layer in layers], [layer.bias for layer in layers if layer.bias is not None]
+    args = (strip(first.x), weights, biases, *([True] if first.wide else []))
+    with graph.inserting_before(first.node):
+        call = insert_call(graph, linear_rows, args, like=first.node, module=module)
         parts = [insert_call(graph, operator.getitem, (call, i), like=n) for i, n in enumerate(nodes)]
     names, before = tuple(n.name for n in nodes), tuple(op_name(n) for n in nodes)
     for node, part in zip(nodes, parts, strict=True):

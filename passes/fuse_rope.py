@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from ktfx.canonical import op_family, same_size, strip, tensor_of
+from ktfx.canonical import op_family, same_shape, same_size, strip, tensor_of
 from ktfx.fusion import Fusion, FusionPass
 from ktfx.graph import insert_call
 from ktfx.matcher import Match
@@ -25,6 +25,53 @@ def _turned(a: str, c: str) -> str:
         f"aten.cat([aten.sub(aten.mul({a}, {_COS}), aten.mul({c}, {_SIN})), "
         f"aten.add(aten.mul({c}, {_COS}), aten.mul({a}, {_SIN}))], -1)"
     )
+
+
+def _complex(dim: int) -> str:
+    """Pairs as complex numbers, times ``freqs`` with a dimension for the heads at ``dim``."""
+    pairs = "aten.view_as_complex(aten.view(aten.to(x, 'float32'), pairs))"
+    return f"aten.to(aten.view(aten.view_as_real(aten.mul({pairs}, aten.unsqueeze(freqs, {dim}))), whole), d)"
+
+
+def _check_complex(match: Match, heads: int) -> str | None:
+    """heads: x's dimension of heads, 1 or 2; the pairs lie side by side in the last."""
+    x, root, freqs = tensor_of(match.captures["x"]), tensor_of(match.root), tensor_of(match.captures["freqs"])
+    if x is None or root is None or freqs is None:
+        return "x or the table is no tensor"
+    if x.dim() != 4 or freqs.dim() != 3 or freqs.dtype != torch.complex64:
+        return f"x has {x.dim()} dimensions and the table {freqs.dim()} of {freqs.dtype}, not 4 and 3 of complex64"
+    if x.dtype != root.dtype or not same_shape(x.shape, root.shape):
+        return f"it turns {x.dtype} {list(x.shape)} into {root.dtype} {list(root.shape)}"
+    pairs = match.captures["pairs"]
+    if not isinstance(pairs, list | tuple) or len(pairs) != 5 or pairs[-1] != 2:
+        return f"its complex numbers are no neighbours of the last dimension: {pairs}"
+    batch = same_size(freqs.shape[0], 1) or same_size(freqs.shape[0], x.shape[0])
+    if not (batch and same_size(freqs.shape[1], x.shape[3 - heads]) and same_size(freqs.shape[2] * 2, x.shape[3])):
+        return f"the table is {list(freqs.shape)}, x is {list(x.shape)}"
+    return None
+
+
+def _check_heads_first(match: Match) -> str | None:
+    return _check_complex(match, 1)
+
+
+def _check_heads_last(match: Match) -> str | None:
+    return _check_complex(match, 2)
+
+
+def _parts(graph: fx.Graph, match: Match, shared: dict[Any, fx.Node]) -> Mapping[str, Any]:
+    """The real and the imaginary part of a complex table, made once, beside it."""
+    table, aten = strip(match.captures["freqs"]), torch.ops.aten
+    if table not in shared:
+        with graph.inserting_after(table):
+            shared[table] = insert_call(graph, aten.view_as_real.default, (table,), like=table)
+        for i in (1, 0):
+            with graph.inserting_after(shared[table]):
+                part = insert_call(graph, aten.select.int, (shared[table], -1, i), like=table)
+            with graph.inserting_after(part):
+                memory = {"memory_format": torch.contiguous_format}
+                shared[table, i] = insert_call(graph, aten.clone.default, (part,), memory, like=table)
+    return {"cos": shared[table, 0], "sin": shared[table, 1]}
 
 
 def _check_shapes(match: Match, entries_a_pair: int) -> str | None:
@@ -91,7 +138,8 @@ def _first_halves(graph: fx.Graph, match: Match, shared: dict[Any, fx.Node]) -> 
 
 @register_pass
 class FuseRope(FusionPass):
-    """Half-rotation (Llama, Qwen), the same on split halves (gpt-oss), and pairs read interleaved (DeepSeek-V3).
+    """Half-rotation (Llama, Qwen), the same on split halves (gpt-oss), pairs read interleaved (DeepSeek-V3), and pairs
+    as complex numbers (DeepSeek-V2, Llama 4), which Inductor leaves to a kernel an operator.
 
     The op forms products in float32 and rounds once. A partial rotation matches on the part that turns.
     """
@@ -118,5 +166,19 @@ class FuseRope(FusionPass):
             _turned(_EVEN, _ODD),
             "ktfx.rope(x, cos, sin, 'split')",
             _check_pairs,
+        ),
+        Fusion(
+            "rotation of complex numbers → ktfx.rope",
+            _complex(1),
+            "ktfx.rope(x, cos, sin, 'interleaved')",
+            _check_heads_first,
+            _parts,
+        ),
+        Fusion(
+            "rotation of complex numbers, heads last → ktfx.rope",
+            _complex(2),
+            "aten.transpose(ktfx.rope(aten.transpose(x, 1, 2), cos, sin, 'interleaved'), 1, 2)",
+            _check_heads_last,
+            _parts,
         ),
     )

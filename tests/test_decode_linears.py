@@ -36,6 +36,34 @@ def test_attention_and_mlp(golden: Callable[[str, str], None]) -> None:
     golden("decode_linears", done.diff())
 
 
+class WideGate(nn.Module):
+    """A router as DeepSeek's: both sides of the product cast to float32."""
+
+    def __init__(self, bias: bool = False, both: bool = True) -> None:
+        super().__init__()
+        self.weight, self.both = nn.Parameter(torch.randn(5, 8)), both
+        self.bias = nn.Parameter(torch.randn(5)) if bias else None
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        flat = hidden_states.view(-1, 8)
+        weight = self.weight.float() if self.both else self.weight.float() * 1.5
+        return nn.functional.linear(flat.float(), weight, None if self.bias is None else self.bias.float())
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_a_product_in_float32_of_narrower_weights(bias: bool) -> None:
+    done = run(WideGate(bias))
+    assert done.ops["ktfx.linear_rows.default"] == 1 and done.ops["aten.linear.default"] == 0
+    assert done.ops["aten._to_copy.default"] == 0, "the weights are read as they are"
+    (call,) = done.after.graph.find_nodes(op="call_function", target=torch.ops.ktfx.linear_rows.default)
+    assert call.args[3] is True and done.out.dtype == torch.float32
+
+
+def test_a_weight_that_is_more_than_cast_stays() -> None:
+    done = run(WideGate(both=False))
+    assert not done.context.rewrites and "float32 by torch.float32" in done.context.misses[0].why
+
+
 def test_layers_with_and_without_a_bias_are_two_calls() -> None:
     done = run(Model(Attention(bias=(True, False, True))))
     assert [len(r.before) for r in done.context.rewrites if r.module.startswith("layers.0.self_attn")] == [2, 1, 1]

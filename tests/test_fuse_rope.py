@@ -9,15 +9,18 @@ import pytest
 import torch
 from pass_runs import PassRun, run_passes
 from torch import nn
+from transformers.models.deepseek_v2.modeling_deepseek_v2 import apply_rotary_emb as deepseek_v2_rope
 from transformers.models.deepseek_v3.modeling_deepseek_v3 import apply_rotary_pos_emb_interleave
 from transformers.models.gpt_oss.modeling_gpt_oss import apply_rotary_pos_emb as gpt_oss_rope
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb as llama_rope
+from transformers.models.llama4.modeling_llama4 import apply_rotary_emb as llama4_rope
 
 GPU = {"devices": {"gpu0": "cuda:0"}, "default_device": "gpu0", "rules": []}
 
 
 class RotaryEmbedding(nn.Module):
-    """cos and sin of (1, S, D/2) angles: ``cat`` of two equal halves, of two unequal ones, or one entry a pair."""
+    """cos and sin of (1, S, D/2) angles: ``cat`` of two equal halves, of two unequal ones, or one entry a pair; or both
+    as a complex number a pair."""
 
     def __init__(self, halves: str) -> None:
         super().__init__()
@@ -30,6 +33,8 @@ class RotaryEmbedding(nn.Module):
             angles = torch.cat((angles, angles), dim=-1)
         elif self.halves == "unequal":
             angles = torch.cat((angles, angles * 2), dim=-1)
+        elif self.halves == "complex":
+            return (torch.polar(torch.ones_like(angles), angles) * 1.5,) * 2
         return (angles.cos() * 1.5).to(x.dtype), (angles.sin() * 1.5).to(x.dtype)
 
 
@@ -96,6 +101,36 @@ def test_rotation_of_interleaved_pairs() -> None:
     done = run(Model(apply_rotary_pos_emb_interleave))
     assert done.ops["ktfx.rope.default"] == 2
     assert {n.args[3] for n in done.after.graph.nodes if "rope" in str(n.target)} == {"split"}
+
+
+def heads_first(q: torch.Tensor, k: torch.Tensor, freqs: torch.Tensor, _: torch.Tensor) -> Any:
+    return deepseek_v2_rope(q, k, freqs)
+
+
+def heads_last(q: torch.Tensor, k: torch.Tensor, freqs: torch.Tensor, _: torch.Tensor) -> Any:
+    q, k = llama4_rope(q.transpose(1, 2), k.transpose(1, 2), freqs)
+    return q.transpose(1, 2), k.transpose(1, 2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("apply", [heads_first, heads_last])
+def test_rotation_of_complex_numbers(apply: Callable[..., Any], dtype: torch.dtype) -> None:
+    done = run(Model(apply, "complex", count=2), dtype, dynamic_dims=(1,))
+    assert done.ops["ktfx.rope.default"] == 4 and done.ops["aten.view_as_complex.default"] == 0
+    assert done.ops["aten.view_as_real.default"] == 1, "the layers share one table"
+    assert {n.args[3] for n in done.after.graph.nodes if "rope" in str(n.target)} == {"interleaved"}
+    assert not done.context.misses
+
+
+def test_complex_numbers_of_another_layout_are_refused() -> None:
+    """One row of the table for all tokens."""
+
+    def other(q: torch.Tensor, k: torch.Tensor, freqs: torch.Tensor, _: torch.Tensor) -> Any:
+        q = q.transpose(1, 2)
+        return deepseek_v2_rope(q, q, freqs[:, :1])[0].transpose(1, 2), k
+
+    done = run(Model(other, "complex"))
+    assert not done.context.rewrites and "the table is [1, 1, 4]" in done.context.misses[0].why
 
 
 def test_strides_reach_what_reads_them() -> None:

@@ -86,7 +86,7 @@ def linears() -> None:
 
     t = decode_tensors(x=(1, 1, 2048), r=(1, 1, 2048), norm=(2048,), q=(4096, 2048), k=(512, 2048))
     norm_linear_rows(t["x"], t["r"], t["norm"], 1e-6, "llama", [t["q"], t["k"], t["k"]], [])
-    linear_rows(torch.zeros(1, 4096, dtype=BF16), [torch.zeros(2048, 4096, dtype=BF16)], [])
+    linear_rows(torch.zeros(1, 4096, dtype=BF16), [torch.zeros(2048, 4096, dtype=BF16)], [], wide=True)
 
 
 def attentions() -> None:

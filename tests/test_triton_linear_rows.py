@@ -20,47 +20,50 @@ pytestmark = needs_kernels
 @given(
     M=st.integers(0, 2), K=st.integers(1, 150), sizes=st.lists(st.integers(1, 40), min_size=1, max_size=4),
     dtype=st.sampled_from(DTYPES), bias=st.booleans(), R=st.sampled_from([1, 2, 4]), BK=st.sampled_from([16, 64, 256]),
-    strided=st.booleans(), seed=st.integers(0, 99),
+    strided=st.booleans(), wide=st.booleans(), seed=st.integers(0, 99),
 )  # fmt: skip
 def test_values(
-    M: int, K: int, sizes: list[int], dtype: torch.dtype, bias: bool, R: int, BK: int, strided: bool, seed: int
-) -> None:
+    M: int, K: int, sizes: list[int], dtype: torch.dtype, bias: bool, R: int, BK: int, strided: bool, wide: bool,
+    seed: int,
+) -> None:  # fmt: skip
     from ktfx.triton_kernels.linear_rows import RowsConfig, linear_rows
 
     x = normal(M, 2 * K, seed=seed, dtype=dtype)[:, ::2] if strided else normal(M, K, seed=seed, dtype=dtype)
     weights = [normal(n, K, seed=seed + i + 1, dtype=dtype, scale=K**-0.5) for i, n in enumerate(sizes)]
     biases = [normal(n, seed=seed + i + 9, dtype=dtype) for i, n in enumerate(sizes)] if bias else []
-    out = [poisoned(x.new_empty(M, n)) for n in sizes]
-    made = linear_rows(x, weights, biases, out, RowsConfig(R, BK, 4))
+    own = torch.float32 if wide else dtype
+    out = [poisoned(x.new_empty(M, n, dtype=own)) for n in sizes]
+    made = linear_rows(x, weights, biases, wide, out, RowsConfig(R, BK, 4))
     for i, (y, w) in enumerate(zip(made, weights, strict=True)):
         assert y is out[i]
-        assert_close(y, F.linear(x.double(), w.double(), biases[i].double() if bias else None), dtype)
+        assert_close(y, F.linear(x.double(), w.double(), biases[i].double() if bias else None), own)
 
 
 @settings(max_examples=6 if FEW else 120, deadline=None)
 @given(
     M=st.integers(1, 2), K=st.integers(1, 150), sizes=st.lists(st.integers(1, 20), min_size=1, max_size=4),
     dtype=st.sampled_from(DTYPES), kind=st.sampled_from(KINDS), add=st.booleans(), R=st.sampled_from([1, 2, 4]),
-    BK=st.sampled_from([16, 64, 256]), seed=st.integers(0, 99),
+    BK=st.sampled_from([16, 64, 256]), wide=st.booleans(), seed=st.integers(0, 99),
 )  # fmt: skip
 def test_with_the_norm_before(
-    M: int, K: int, sizes: list[int], dtype: torch.dtype, kind: str, add: bool, R: int, BK: int, seed: int
+    M: int, K: int, sizes: list[int], dtype: torch.dtype, kind: str, add: bool, R: int, BK: int, wide: bool, seed: int
 ) -> None:
     from ktfx.triton_kernels.linear_rows import RowsConfig, norm_linear_rows
 
     x, residual = (normal(M, K, seed=seed + i, dtype=dtype) for i in (0, 20))
     norm = normal(K, seed=seed + 21, dtype=dtype) + 1
     weights = [normal(n, K, seed=seed + i + 1, dtype=dtype, scale=K**-0.5) for i, n in enumerate(sizes)]
-    out = [poisoned(t) for t in (x, x)[: 1 + add]] + [poisoned(x.new_empty(M, n)) for n in sizes]
+    own = torch.float32 if wide else dtype
+    out = [poisoned(t) for t in (x, x)[: 1 + add]] + [poisoned(x.new_empty(M, n, dtype=own)) for n in sizes]
     config = RowsConfig(R, BK, 4)
-    made = norm_linear_rows(x, residual if add else None, norm, 1e-6, kind, weights, [], out, config)
+    made = norm_linear_rows(x, residual if add else None, norm, 1e-6, kind, weights, [], wide, out, config)
     total = x + residual if add else x
     if add:
         assert torch.equal(made[1], total)
     y = rms_norm_reference(total, norm, 1e-6, kind)
     assert_close(made[0], y.double(), dtype)
     for result, w in zip(made[1 + add :], weights, strict=True):
-        assert_close(result, F.linear(made[0].double(), w.double()), dtype)
+        assert_close(result, F.linear(made[0].double(), w.double()), own)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

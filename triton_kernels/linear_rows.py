@@ -147,11 +147,13 @@ def linear_rows(
     x: torch.Tensor,
     weights: Sequence[torch.Tensor],
     biases: Sequence[torch.Tensor],
+    wide: bool = False,
     out: Sequence[torch.Tensor] | None = None,
     config: RowsConfig | None = None,
 ) -> list[torch.Tensor]:
-    """x (…, K), weights (N, K) of x's dtype, at most four, biases (N,) for all or none: one (…, N) a weight."""
-    ys = [x.new_empty(*x.shape[:-1], w.shape[0]) for w in weights] if out is None else list(out)
+    """x (…, K), weights (N, K) of x's dtype, at most four, biases (N,) for all or none: one (…, N) a weight, in x's
+    dtype or, ``wide``, in float32."""
+    ys = _results(x, weights, wide) if out is None else list(out)
     _launch(x, None, None, 0.0, "", weights, biases, ys, x, x, config)
     return ys
 
@@ -159,15 +161,18 @@ def linear_rows(
 @on_its_device
 def norm_linear_rows(
     x: torch.Tensor, residual: torch.Tensor | None, norm: torch.Tensor, eps: float, kind: str,
-    weights: Sequence[torch.Tensor], biases: Sequence[torch.Tensor], out: Sequence[torch.Tensor] | None = None,
-    config: RowsConfig | None = None,
+    weights: Sequence[torch.Tensor], biases: Sequence[torch.Tensor], wide: bool = False,
+    out: Sequence[torch.Tensor] | None = None, config: RowsConfig | None = None,
 ) -> list[torch.Tensor]:  # fmt: skip
     """See ``ktfx.ops.linear_rows``: the normed x, with a residual the sum, then one result a weight, or into out."""
     before = 1 if residual is None else 2
-    shapes = [x.shape] * before + [(*x.shape[:-1], w.shape[0]) for w in weights]
-    made = [x.new_empty(shape) for shape in shapes] if out is None else list(out)
+    made = [*(x.new_empty(x.shape) for _ in range(before)), *_results(x, weights, wide)] if out is None else list(out)
     _launch(x, residual, norm, eps, kind, weights, biases, made[before:], made[0], made[before - 1], config)
     return made
+
+
+def _results(x: torch.Tensor, weights: Sequence[torch.Tensor], wide: bool) -> list[torch.Tensor]:
+    return [x.new_empty(*x.shape[:-1], w.shape[0], dtype=torch.float32 if wide else x.dtype) for w in weights]
 
 
 def _launch(

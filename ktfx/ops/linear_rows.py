@@ -19,16 +19,21 @@ MOST_ROWS = 2
 
 
 @torch.library.custom_op("ktfx::linear_rows", mutates_args=())
-def linear_rows(x: torch.Tensor, weights: list[torch.Tensor], biases: list[torch.Tensor]) -> list[torch.Tensor]:
-    """x (…, K) and one to four weights (N, K) to one (…, N) each, in x's dtype, contiguous; sums in float32.
+def linear_rows(
+    x: torch.Tensor, weights: list[torch.Tensor], biases: list[torch.Tensor], wide: bool = False
+) -> list[torch.Tensor]:
+    """x (…, K) and one to four weights (N, K) to one (…, N) each, contiguous; sums in float32.
 
-    biases: one (N,) a weight, or none at all. x has at most two rows where the kernel runs (``MOST_ROWS``); more, and
-    tensors on the CPU, go to ATen.
+    biases: one (N,) a weight, or none at all. Results are in x's dtype or, with ``wide``, the float32 sums themselves,
+    which is what the product of x and weights cast to float32 gives (routers of DeepSeek and GLM). x has at most two
+    rows where the kernel runs (``MOST_ROWS``); more, and tensors on the CPU, go to ATen.
     """
     _check("linear_rows", x, weights, biases)
     if runs_kernels(x) and 0 < x.numel() <= MOST_ROWS * x.shape[-1]:
-        made: list[torch.Tensor] = kernels("linear_rows").linear_rows(x, weights, biases)
+        made: list[torch.Tensor] = kernels("linear_rows").linear_rows(x, weights, biases, wide)
         return made
+    if wide:
+        x, weights, biases = x.float(), [w.float() for w in weights], [b.float() for b in biases]
     given: Sequence[torch.Tensor | None] = biases or [None] * len(weights)
     return [F.linear(x, w, b).contiguous() for w, b in zip(weights, given, strict=True)]
 
@@ -50,9 +55,15 @@ def _check(name: str, x: torch.Tensor, weights: Sequence[torch.Tensor], biases: 
             )
 
 
+def _results(x: torch.Tensor, weights: Sequence[torch.Tensor], wide: bool) -> list[torch.Tensor]:
+    return [x.new_empty([*x.shape[:-1], w.shape[0]], dtype=torch.float32 if wide else x.dtype) for w in weights]
+
+
 @linear_rows.register_fake
-def _(x: torch.Tensor, weights: list[torch.Tensor], biases: list[torch.Tensor]) -> list[torch.Tensor]:
-    return [x.new_empty([*x.shape[:-1], w.shape[0]]) for w in weights]
+def _(
+    x: torch.Tensor, weights: list[torch.Tensor], biases: list[torch.Tensor], wide: bool = False
+) -> list[torch.Tensor]:
+    return _results(x, weights, wide)
 
 
 @torch.library.custom_op("ktfx::norm_linear_rows", mutates_args=())
@@ -64,6 +75,7 @@ def norm_linear_rows(
     kind: str,
     weights: list[torch.Tensor],
     biases: list[torch.Tensor],
+    wide: bool = False,
 ) -> list[torch.Tensor]:
     """``linear_rows`` of an RMS norm's result: [normed x, x + residual if there is a residual, then one a weight].
 
@@ -72,11 +84,11 @@ def norm_linear_rows(
     _check("norm_linear_rows", x, weights, biases)
     if runs_kernels(x) and 0 < x.numel() <= MOST_ROWS * x.shape[-1]:
         made: list[torch.Tensor] = kernels("linear_rows").norm_linear_rows(
-            x, residual, norm, eps, kind, weights, biases
+            x, residual, norm, eps, kind, weights, biases, wide
         )
         return made
     before = [rms_norm(x, norm, eps, kind)] if residual is None else [*add_rms_norm(x, residual, norm, eps, kind)]
-    return [*before, *linear_rows(before[0], weights, biases)]
+    return [*before, *linear_rows(before[0], weights, biases, wide)]
 
 
 @norm_linear_rows.register_fake
@@ -88,6 +100,7 @@ def _(
     kind: str,
     weights: list[torch.Tensor],
     biases: list[torch.Tensor],
+    wide: bool = False,
 ) -> list[torch.Tensor]:
     before = [x.new_empty(x.shape) for _ in range(1 if residual is None else 2)]
-    return [*before, *(x.new_empty([*x.shape[:-1], w.shape[0]]) for w in weights)]
+    return [*before, *_results(x, weights, wide)]

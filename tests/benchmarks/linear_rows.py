@@ -46,7 +46,7 @@ def main() -> None:
         line("F.linear, merged", graph_time([partial(torch.nn.functional.linear, x, w) for w in joined]))
         best = []
         for config in CONFIGS:
-            calls = [partial(linear_rows, x, w, [], None, config) for w in weights]
+            calls = [partial(linear_rows, x, w, [], config=config) for w in weights]
             best.append((graph_time(calls, 0.02), config))
         best.sort(key=lambda item: item[0])
         for us, config in best[:3]:
