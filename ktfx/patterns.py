@@ -222,8 +222,8 @@ class _Reader:
 
     def check_spelling(self, node: ast.expr, namespace: str, op: str) -> None:
         """Refuse a misspelt namespace or aten operator; operators of other libraries are known only when loaded."""
-        meant = nearest(namespace, NAMESPACES)
-        if namespace not in NAMESPACES and meant is not None:
+        meant = nearest(namespace, NAMESPACES) if namespace not in NAMESPACES else None
+        if meant is not None:
             raise self.error(node, f"no operator namespace {namespace!r}", f"did you mean {meant!r}?")
         if namespace == "aten" and not hasattr(torch.ops.aten, op):
             raise self.error(

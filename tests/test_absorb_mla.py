@@ -15,6 +15,7 @@ from torch import nn
 
 import ktfx
 import ktfx.ops.mla
+from ktfx.budget import plan_weights
 from ktfx.errors import KtfxError
 from ktfx.formats import dequantize, quantize
 from ktfx.verify import relative_error
@@ -40,6 +41,12 @@ def prompt(batch: int = 2, padding: int = 3) -> tuple[torch.Tensor, torch.Tensor
     mask = torch.ones_like(ids)
     mask[0, :padding] = 0
     return ids, mask
+
+
+def decode_once(model: nn.Module) -> None:
+    """Makes the graph of one token alone."""
+    run_steps(model, prompt()[0][:, :1], 0, static_cache(model, 12))
+    assert [g.phase for g in ktfx.state_of(model).graphs] == ["generate"]
 
 
 @pytest.mark.parametrize(
@@ -97,17 +104,16 @@ def test_a_cache_that_grows() -> None:
 
 
 def test_the_cache_holds_the_latent_and_the_shared_key_alone() -> None:
-    model = tiny_model("deepseek_v3", layers=2)
+    model = tiny_model("deepseek_v3", layers=1)
     config: Any = model.config
     compiled(model)
     cache = static_cache(model, 12)
     run_steps(model, prompt()[0], 2, cache)
     held = cache_tensors(cache)
     wide = config.num_attention_heads * (config.qk_nope_head_dim + config.qk_rope_head_dim + config.v_head_dim)
-    for layer in range(2):
-        keys, values = held[layer, "keys"], held[layer, "values"]
-        assert (keys.numel() + values.numel()) / (2 * 12) == config.kv_lora_rank + config.qk_rope_head_dim < wide
-        assert not keys[:, :, 9:].any() and keys[:, :, :9].any(-1).all()
+    keys, values = held[0, "keys"], held[0, "values"]
+    assert (keys.numel() + values.numel()) / (2 * 12) == config.kv_lora_rank + config.qk_rope_head_dim < wide
+    assert not keys[:, :, 9:].any() and keys[:, :, :9].any(-1).all()
 
 
 def test_bfloat16_is_no_further_from_the_truth_than_eager() -> None:
@@ -145,6 +151,9 @@ def test_a_projection_that_a_rule_rounds_is_dequantised_once(op: str) -> None:
     assert len(record.rewrites) == 1 and not record.misses and record.ops_after[MLA] == 1
     assert record.ops_before["ktfx.linear_quant.default"] == 1 and not record.ops_after["ktfx.linear_quant.default"]
     held = {e.format: e for e in ktfx.state_of(model).store.entries() if e.request is not None}
+    state = ktfx.state_of(model)
+    planned = {p.format: p.nbytes for p in plan_weights(model, state.resolution) if p.name.endswith("kv_b_proj.weight")}
+    assert planned["dequantised.float32:int8"] == held["dequantised.float32:int8"].nbytes == 4 * weight.numel()
     assert torch.equal(held["dequantised.float32:int8"].tensors[0], weight)
     assert "dequantised.float32:int8" not in {e.format for e in ktfx.state_of(model).quantisation_errors()}
 
@@ -160,8 +169,10 @@ def test_a_projection_that_the_checkpoint_rounded(tmp_path: Path, op: str | None
     compare(run_steps(model, prompt()[0], 3, static_cache(model, 12), forced=expected.tokens), expected, 1e-4)
     record = record_of(model)
     assert len(record.rewrites) == 1 and not record.misses
-    formats = {e.format for e in ktfx.state_of(model).store.entries() if e.request is not None}
-    assert formats == {"dequantised.float32:int4zp-g32"}
+    copies = [e for e in ktfx.state_of(model).store.entries() if e.request is not None]
+    assert {e.format for e in copies} == {"dequantised.float32:int4zp-g32"}
+    planned = [p for p in plan_weights(model, ktfx.state_of(model).resolution) if p.format.startswith("dequantised.")]
+    assert [(p.format, p.nbytes) for p in planned] == [(e.format, e.nbytes) for e in copies]
 
 
 def test_a_projection_that_sorts_its_inputs_says_why_it_stays(tmp_path: Path) -> None:
@@ -169,7 +180,7 @@ def test_a_projection_that_sorts_its_inputs_says_why_it_stays(tmp_path: Path) ->
     write(tmp_path, gptq(act_order=True), "deepseek_v3", **sizes, v_head_dim=16, first_k_dense_replace=0)
     torch._dynamo.reset()
     model = ktfx.from_pretrained(tmp_path, GPU, simulate="cpu", partition_backend="eager")
-    run_steps(model, prompt()[0], 1, static_cache(model, 12))
+    decode_once(model)
     record = record_of(model)
     assert not record.rewrites
     assert [m.why for m in record.misses] == ["absorb_mla: its projection sorts its inputs (act-order)"]
@@ -179,7 +190,7 @@ def test_a_projection_on_another_device_says_why_it_stays() -> None:
     model = tiny_model("deepseek_v3", layers=1)
     rule = {"match": {"name": "kv_b_proj$"}, "replace": {"device": "gpu1"}}
     compiled(model, {**GPU, "rules": [rule]})
-    run_steps(model, prompt()[0], 1, static_cache(model, 12))
+    decode_once(model)
     (miss,) = record_of(model).misses
     assert "two devices" in miss.why and miss.module == "model.layers.0.self_attn"
 
@@ -187,11 +198,11 @@ def test_a_projection_on_another_device_says_why_it_stays() -> None:
 def test_other_models_are_left_alone_and_no_pass_no_rewrite() -> None:
     model = tiny_model("qwen3_moe", layers=1)
     compiled(model)
-    run_steps(model, prompt()[0], 1, static_cache(model, 12))
+    decode_once(model)
     assert not record_of(model).rewrites and not record_of(model).misses
     model = tiny_model("deepseek_v3", layers=1)
     compiled(model, {**GPU, "passes": ["rewrite_experts", "fuse_attention"]})
-    run_steps(model, prompt()[0], 1, static_cache(model, 12))
+    decode_once(model)
     assert ktfx.state_of(model).graphs[-1].records[-1].ops_after[MLA] == 0
 
 

@@ -18,6 +18,9 @@ from ktfx.placed_tensor import PlacedTensor
 from ktfx.verify import relative_error
 
 RULES = two_gpus_host(2)
+HEAD_ON_GPU1 = {"match": {"module": "head"}, "replace": {"device": "gpu1"}}
+# Two GPUs and the host with a single layer, for tests that compile many graphs.
+ONE_LAYER = {**RULES, "layers": {0: "gpu0"}, "rules": [*RULES["rules"], HEAD_ON_GPU1]}
 EAGER = {"simulate": "cpu", "partition_backend": "eager"}
 
 
@@ -25,6 +28,13 @@ EAGER = {"simulate": "cpu", "partition_backend": "eager"}
 def model():
     torch._dynamo.reset()
     return tiny_model("qwen3_moe", layers=2)
+
+
+@pytest.fixture(scope="module")
+def generating():
+    """A model and its compiled twin, for all tests that do no more than generate: the graphs are made once."""
+    torch._dynamo.reset()
+    return tiny_model("qwen3_moe", layers=2), compiled(tiny_model("qwen3_moe", layers=2))
 
 
 def ids(length: int = 7, batch: int = 1, seed: int = 1) -> torch.Tensor:
@@ -40,14 +50,13 @@ def test_torch_compile_by_name_without_importing_ktfx():
     script = """
 import sys, torch
 sys.path.insert(0, "tests")
-from families import tiny_model
-model = tiny_model("qwen3_moe", layers=1)
+from families import hand_written
+model = hand_written()
 assert "ktfx" not in sys.modules
 fast = torch.compile(model, backend="ktfx", options={"partition_backend": "eager"})
 ids = torch.arange(5)[None]
 with torch.no_grad():
-    want = model(ids, use_cache=False).logits
-    got = fast(ids, use_cache=False).logits
+    want, got = model(ids), fast(ids)
 assert torch.allclose(got, want, rtol=1e-4, atol=1e-5), (got - want).abs().max()
 import ktfx
 assert ktfx.state_of(model).ruleset.origin.file.endswith("generic-host.yaml") or torch.cuda.is_available()
@@ -67,11 +76,30 @@ def test_torch_compile_route_with_plain_parameters(model):
     assert not any(isinstance(p, PlacedTensor) for p in model.parameters())
 
 
-def test_generate_prefill_and_decode_compile_and_tokens_are_equal(model):
-    want = model.generate(ids(), max_new_tokens=10, do_sample=False)
-    compiled(model)
-    assert torch.equal(model.generate(ids(), max_new_tokens=10, do_sample=False), want)
-    assert {g.phase for g in ktfx.state_of(model).graphs} == {"prefill", "generate"}
+def test_generate_prefill_and_decode_compile_and_tokens_are_equal(generating):
+    eager, fast = generating
+    want = eager.generate(ids(), max_new_tokens=10, do_sample=False)
+    assert torch.equal(fast.generate(ids(), max_new_tokens=10, do_sample=False), want)
+    assert {g.phase for g in ktfx.state_of(fast).graphs} == {"prefill", "generate"}
+
+
+def test_sampling_gives_the_same_tokens_under_the_same_seed(generating):
+    eager, fast = generating
+    torch.manual_seed(3)
+    want = eager.generate(ids(), max_new_tokens=10, do_sample=True, top_k=20)
+    torch.manual_seed(3)
+    assert torch.equal(fast.generate(ids(), max_new_tokens=10, do_sample=True, top_k=20), want)
+
+
+def test_one_physical_copy_for_prefill_and_decode(generating):
+    _, fast = generating
+    fast.generate(ids(), max_new_tokens=10, do_sample=False)
+    store = ktfx.state_of(fast).store
+    total = sum(e.nbytes for e in store.entries() if e.format == "model")
+    unique = sum(p.numel() * p.element_size() for p in {id(p): p for p in fast.parameters()}.values())
+    buffers = sum(b.numel() * b.element_size() for b in fast.buffers())
+    assert unique <= total <= unique + 2 * buffers
+    assert store.duplicates() == []
 
 
 def test_second_conversation_and_other_lengths(model):
@@ -81,14 +109,6 @@ def test_second_conversation_and_other_lengths(model):
     got = [model.generate(p, max_new_tokens=5, do_sample=False) for p in prompts]
     assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
     assert len(ktfx.state_of(model).graphs) <= 5, "lengths after the second must not compile again"
-
-
-def test_sampling_gives_the_same_tokens_under_the_same_seed(model):
-    torch.manual_seed(3)
-    want = model.generate(ids(), max_new_tokens=8, do_sample=True, top_k=20)
-    compiled(model)
-    torch.manual_seed(3)
-    assert torch.equal(model.generate(ids(), max_new_tokens=8, do_sample=True, top_k=20), want)
 
 
 def test_beam_search(model):
@@ -112,7 +132,7 @@ def test_cache_reset_and_reuse(model):
     want = run_steps(model, ids(), 4, static_cache(model, 16))
     compiled(model)
     cache = static_cache(model, 16)
-    run_steps(model, ids(5, seed=9), 4, cache)
+    run_steps(model, ids(seed=9), 4, cache)
     cache.reset()
     compare(run_steps(model, ids(), 4, cache, forced=want.tokens), want, FLOAT32_TOLERANCE)
 
@@ -140,9 +160,11 @@ def test_user_made_initialised_static_cache_is_placed(model):
     assert names == ["gpu0", "gpu1"]
 
 
-def test_chunked_prefill(model):
+def test_chunked_prefill():
+    torch._dynamo.reset()
+    model = tiny_model("qwen3_moe", layers=1)
     want = model.generate(ids(12), max_new_tokens=5, do_sample=False)
-    compiled(model)
+    ktfx.compile(model, ONE_LAYER, **EAGER)
     got = model.generate(ids(12), max_new_tokens=5, do_sample=False, prefill_chunk_size=5)
     assert torch.equal(got, want)
 
@@ -171,13 +193,14 @@ def test_inputs_as_embeddings(model):
     assert ktfx.state_of(model).graphs[-1].phase == "prefill"
 
 
-def test_several_compiled_models_in_one_process(model):
-    other = tiny_model("mixtral", layers=2)
-    want = [m.generate(ids(), max_new_tokens=4, do_sample=False) for m in (model, other)]
-    compiled(model)
-    compiled(other)
+def test_several_compiled_models_in_one_process():
+    torch._dynamo.reset()
+    models = [tiny_model(name, layers=1) for name in ("qwen3_moe", "mixtral")]
+    want = [m.generate(ids(), max_new_tokens=4, do_sample=False) for m in models]
+    for model in models:
+        ktfx.compile(model, ONE_LAYER, **EAGER)
     for _ in range(2):
-        got = [m.generate(ids(), max_new_tokens=4, do_sample=False) for m in (model, other)]
+        got = [m.generate(ids(), max_new_tokens=4, do_sample=False) for m in models]
         assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
 
 
@@ -217,21 +240,10 @@ def test_mode_of_compile_config_is_accepted(model):
 # --- weights -------------------------------------------------------------------------------------------------------
 
 
-def test_one_physical_copy_for_prefill_and_decode(model):
-    compiled(model)
-    model.generate(ids(), max_new_tokens=3, do_sample=False)
-    store = ktfx.state_of(model).store
-    total = sum(e.nbytes for e in store.entries() if e.format == "model")
-    unique = sum(p.numel() * p.element_size() for p in {id(p): p for p in model.parameters()}.values())
-    buffers = sum(b.numel() * b.element_size() for b in model.buffers())
-    assert unique <= total <= unique + 2 * buffers
-    assert store.duplicates() == []
-
-
 def test_a_weight_wanted_on_two_devices_is_listed_as_a_duplicate():
     torch._dynamo.reset()
     model = tiny_model("qwen3_moe", layers=2, tie_word_embeddings=True)
-    rules = {**RULES, "rules": [*RULES["rules"], {"match": {"module": "head"}, "replace": {"device": "gpu1"}}]}
+    rules = {**RULES, "rules": [*RULES["rules"], HEAD_ON_GPU1]}
     state, _ = check_parity(model, rules, steps=3)
     (name, copies), *rest = state.store.duplicates()
     assert name == "model.embed_tokens.weight" and {c.device for c in copies} == {"gpu0", "gpu1"} and not rest
@@ -454,17 +466,19 @@ def test_devices_are_the_tutorials():
 
 
 def test_each_model_has_a_recompile_limit_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    """All models share one forward (transformers' decorators): without a code object each, the third would not fit."""
-    monkeypatch.setattr("ktfx.api.RECOMPILE_LIMIT", 2)
-    with torch._dynamo.config.patch(recompile_limit=2):
-        for _ in range(3):
+    """All models share one forward (transformers' decorators): without a code object each, the second would not fit."""
+    torch._dynamo.reset()
+    monkeypatch.setattr("ktfx.api.RECOMPILE_LIMIT", 1)
+    with torch._dynamo.config.patch(recompile_limit=1), torch.no_grad():
+        for _ in range(2):
             model = tiny_model("qwen3_moe", layers=1)
             ktfx.compile(model, partition_backend="eager", simulate="cpu")
-            model.generate(torch.tensor([[1, 2, 3]]), max_new_tokens=3, do_sample=False)
-            assert len(ktfx.state_of(model).graphs) == 2
+            model(ids(), use_cache=False)
+            assert len(ktfx.state_of(model).graphs) == 1
 
 
 def test_one_graph_too_many_is_an_error_not_an_uncompiled_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch._dynamo.reset()
     monkeypatch.setattr("ktfx.api.RECOMPILE_LIMIT", 1)
     model = tiny_model("qwen3_moe", layers=1)
     ktfx.compile(model, partition_backend="eager", simulate="cpu")
