@@ -11,13 +11,16 @@ from torch import nn
 from ktfx.devices import DeviceMap
 from ktfx.errors import PlacementError
 from ktfx.experts_requests import requested_spec
+from ktfx.fusion import OnDevice, is_on
 from ktfx.linear_rules import linear_choice, packed_bytes, read_as_they_are
 from ktfx.ops.experts import experts_kernel, experts_kernel_names
 from ktfx.ops.experts_layout import experts_layout
 from ktfx.ops.linear import linear_kernel, linear_kernel_names
+from ktfx.pass_manager import build_pipeline
 from ktfx.resolve import ModulePlacement, Resolution
+from ktfx.stored_linears import stored_format
 from ktfx.text import human_bytes
-from ktfx.weight_requests import LINEAR
+from ktfx.weight_requests import DEQUANTISED, LINEAR
 
 
 @dataclass(frozen=True)
@@ -34,7 +37,8 @@ class WeightPlan:
 def plan_weights(model: nn.Module, resolution: Resolution) -> list[WeightPlan]:
     """Where each weight will lie and how large, for both phases; a weight used in two places is listed twice.
 
-    Works on the meta device. Tied parameters count once a device.
+    Works on the meta device. Tied parameters count once a device. Decode's own copy of a quantised projection that
+    ``absorb_mla`` takes apart is listed too.
     """
     plans: dict[tuple[object, str, str], WeightPlan] = {}
     for path, module in model.named_modules():
@@ -52,7 +56,33 @@ def plan_weights(model: nn.Module, resolution: Resolution) -> list[WeightPlan]:
                 else:
                     plan = WeightPlan(name, path, device, "model", tensor.numel() * tensor.element_size())
                 plans.setdefault((_identity(tensor), device, plan.format), plan)
-    return list(plans.values())
+    return [*plans.values(), *_absorbed_copies(model, resolution)]
+
+
+def _absorbed_copies(model: nn.Module, resolution: Resolution) -> list[WeightPlan]:
+    """Dequantised copies of layers that expand latents to heads, where ``absorb_mla`` finds what fuse_attention made.
+
+    Told by the name that transformers gives the layer; the pass itself looks at the graph.
+    """
+    passes = {p.name: p.options for p in build_pipeline(resolution.ruleset.passes)}
+    options, found = passes.get("fuse_attention"), []
+    if "absorb_mla" not in passes or not isinstance(options, OnDevice):
+        return []
+    for path, module in model.named_modules():
+        if path.rpartition(".")[2] != "kv_b_proj" or not isinstance(module, nn.Linear):
+            continue
+        device = resolution.glue_device(path, "generate")
+        asked = options.device == "any" or is_on(options.device, device, resolution.ruleset)
+        choice = linear_choice(module, resolution.of(path), "generate")
+        format = choice.spec.weights if choice is not None else stored_format(module) or "model"
+        sorted_inputs = getattr(module, "input_order", None) is not None
+        if not asked or sorted_inputs or format == "model" or (choice and choice.spec.activations != "model"):
+            continue
+        dtype = next(p.dtype for p in model.parameters() if p.is_floating_point() and p.dtype.itemsize > 1)
+        name = f"{DEQUANTISED}{str(dtype).removeprefix('torch.')}:{format}"
+        nbytes = module.out_features * module.in_features * dtype.itemsize
+        found.append(WeightPlan(f"{path}.weight", path, device, name, nbytes))
+    return found
 
 
 def _identity(tensor: torch.Tensor) -> object:
