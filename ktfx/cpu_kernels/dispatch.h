@@ -10,6 +10,19 @@ inline Ahead share_ahead(const uint8_t* from, int64_t bytes, int part, int parts
   return {from + bytes * part / parts, (bytes * 4 + all - 1) / all};
 }
 
+// Whether a chunk of so many rows multiplies integer tiles as they lie, in row blocks of rows_direct at most.
+inline bool takes_tiles(const KernelTable& kt, int format, int rows) {
+  return format >= KTFX_FMT_INT8 && rows <= kt.most_direct[format - KTFX_FMT_INT8];
+}
+inline int block_rows(const KernelTable& kt, int format, int rows) {
+  return takes_tiles(kt, format, rows) ? kt.rows_direct : kt.rows;
+}
+// Whether it multiplies a panel that the tile is unpacked to.
+inline bool takes_panel(const KernelTable& kt, int format, int rows) {
+  if (format == KTFX_FMT_F32 || format == KTFX_FMT_BF16) return false;
+  return rows > kt.rows_direct && !takes_tiles(kt, format, rows);
+}
+
 inline int input_bits(int format) {
   if (format == KTFX_FMT_F32) return 32;
   if (format <= KTFX_FMT_F16) return 16;

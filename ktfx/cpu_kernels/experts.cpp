@@ -217,9 +217,10 @@ void multiply(const Run& r, const ktfx_matrix& m, const uint8_t* w, int tiles, c
   }
   const PanelKind& kind = down ? r.h_kind : r.x_kind;
   const int parts = chunk.last - chunk.first;
-  const bool unpack = chunk.rows > kt.rows_direct && m.format != KTFX_FMT_F32 && m.format != KTFX_FMT_BF16;
+  const bool unpack = takes_panel(kt, m.format, chunk.rows), tile_whole = takes_tiles(kt, m.format, chunk.rows);
   // A panel holds kInputBlock inputs of two bytes, or half as many floats, however few row blocks share it.
-  const int step = unpack ? (kind.panel == kPanelF32 ? kInputBlock / 2 : kInputBlock) : parts > 1 ? kInputBlock : m.Kp;
+  const int panel_step = kind.panel == kPanelF32 ? kInputBlock / 2 : kInputBlock;
+  const int step = unpack ? panel_step : parts > 1 && !tile_whole ? kInputBlock : m.Kp;
   const int64_t bits = input_bits(m.format) * kTile;
   for (int k = 0; k < m.Kp; k += step)
     for (int t = 0; t < tiles; ++t) {
@@ -514,7 +515,7 @@ void sort_slots(Run& r) {
       // AMX wants whole multiples of 32 rows, the register tiles want equal chunks.
       const int32_t rows = amx ? std::min(kChunkRows, m - done) : m / chunks + (i < m % chunks);
       Chunk c{e, (int32_t)ws.blocks.size(), 0, begin + done, rows, amx};
-      const int32_t n = amx ? 1 : (rows + r.kernels->rows - 1) / r.kernels->rows;
+      const int32_t most = block_rows(*r.kernels, l.up.format, rows), n = amx ? 1 : (rows + most - 1) / most;
       int32_t slot = c.slot;
       for (int32_t j = 0; j < n; ++j) {
         const int32_t size = rows / n + (j < rows % n);

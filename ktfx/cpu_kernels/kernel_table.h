@@ -57,6 +57,7 @@ using PanelFn = void (*)(const PanelArgs*);
 struct KernelTable {
   const char* name;
   int rows, rows_direct;            // the largest register tile; the largest that reads integer tiles as they lie
+  int most_direct[4];               // rows of a chunk up to which such tiles pay, by format INT8..MXFP4
   TileFn f32[4][kMaxRows + 1];       // by format F32..FP8, rows
   TileFn f32_near[2][kMaxRows + 1];  // F32 and BF16 that were fetched before, or are a panel; fetches `ahead`
   TileFn i16[4][3][kMaxRows + 1];    // by format INT8..MXFP4, scale dtype, rows

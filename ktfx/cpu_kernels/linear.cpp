@@ -89,7 +89,7 @@ void cut(Run& r, int64_t rows) {
     // AMX wants whole multiples of 32 rows, the register tiles want equal chunks.
     const int32_t n = (int32_t)(r.amx ? std::min<int64_t>(kChunkRows, rows - done) : rows / chunks + (i < rows % chunks));
     Chunk c{(int32_t)r.blocks.size(), 0, done, n};
-    const int32_t parts = r.amx ? 1 : (n + r.kernels->rows - 1) / r.kernels->rows;
+    const int32_t most = block_rows(*r.kernels, r.m->format, n), parts = r.amx ? 1 : (n + most - 1) / most;
     for (int32_t j = 0; j < parts; ++j) {
       const int32_t size = n / parts + (j < n % parts);
       r.blocks.push_back({done, size, nullptr, nullptr, nullptr});
@@ -182,7 +182,8 @@ void multiply_rows(const Run& r, const uint8_t* tile, const float* panel, const 
                    int end, float* c) {
   const KernelTable& kt = *r.kernels;
   if (!panel) {
-    const TileArgs a{tile, r.m, b.q, b.dx, b.sx, c, k, end, r.block, k == 0, nullptr, 0, ahead ? *ahead : Ahead{}};
+    const TileArgs a{tile, r.m, b.q, b.dx, b.sx, c, k, end, r.block, k == 0, tile + r.m->tile_bytes, 0,
+                     ahead ? *ahead : Ahead{}};
     tile_kernel(r, b.rows, ahead)(&a);
   } else if (r.panel == kPanelF32) {
     const float* x = (const float*)b.q + (int64_t)k * b.rows;  // the panel begins at input 0
@@ -208,10 +209,10 @@ void multiply(const Run& r, const uint8_t* w, int tiles, const Chunk& chunk, flo
     return;
   }
   const int parts = chunk.last - chunk.first;
-  const bool unpack = chunk.rows > kt.rows_direct && m.format != KTFX_FMT_F32 && m.format != KTFX_FMT_BF16;
+  const bool unpack = takes_panel(kt, m.format, chunk.rows), tile_whole = takes_tiles(kt, m.format, chunk.rows);
   // A panel holds kInputBlock inputs of two bytes, or half as many floats.
   const int many = r.panel == kPanelF32 ? kInputBlock / 2 : kInputBlock;
-  const int step = unpack ? many : parts > 1 ? kInputBlock : m.Kp;
+  const int step = unpack ? many : parts > 1 && !tile_whole ? kInputBlock : m.Kp;
   const int64_t bits = input_bits(m.format) * kTile;
   for (int k = 0; k < m.Kp; k += step)
     for (int t = 0; t < tiles; ++t) {
