@@ -210,7 +210,7 @@ void multiply(const Run& r, const ktfx_matrix& m, const uint8_t* w, int tiles, c
     const RowBlock& b = blocks[chunk.first];
     for (int t = 0; t < tiles; t += 2)
       kt.amx(&m, w + t * m.tile_bytes, t + 1 < tiles ? w + (t + 1) * m.tile_bytes : nullptr,
-             (const uint16_t*)(down ? b.h.q : b.x.q), m.Kp, chunk.rows, c + (int64_t)t * chunk.rows * kTile,
+             (const uint16_t*)(down ? b.h.q : b.x.q), m.Kp + kAmxPad, chunk.rows, c + (int64_t)t * chunk.rows * kTile,
              c + (int64_t)(t + 1) * chunk.rows * kTile, (uint16_t*)scratch,
              t + 2 < tiles ? w + (t + 2) * m.tile_bytes : after);
     return;
@@ -293,7 +293,7 @@ void gather_task(void* context, int, int64_t task, int) {
   const int32_t* slots = r.ws->slot_of.data() + b.slot;
   if (b.amx) {
     for (int i = 0; i < b.rows; ++i) {
-      uint16_t* to = (uint16_t*)b.x.q + i * Kp;
+      uint16_t* to = (uint16_t*)b.x.q + i * (Kp + kAmxPad);
       memcpy(to, r.x + (int64_t)(slots[i] / r.K) * l.hidden * 2, l.hidden * 2);
       memset(to + l.hidden, 0, (Kp - l.hidden) * 2);
     }
@@ -375,7 +375,7 @@ void up_task(void* context, int share, int64_t task, int worker) {
         if (n + kTile > I) std::fill(h + (I - column), h + (t + 1) * kTile, 0.0f);
       }
       if (chunk.amx) {
-        kt.from_f32(h, (uint16_t*)b.h.q + (int64_t)j * l.down.Kp + column, KTFX_BF16, columns);
+        kt.from_f32(h, (uint16_t*)b.h.q + j * (int64_t)(l.down.Kp + kAmxPad) + column, KTFX_BF16, columns);
       } else if (r.h_kind.panel == kPanelF32) {
         float* to = (float*)b.h.q + column * b.rows + j;
         for (int n = 0; n < columns; ++n) to[(int64_t)n * b.rows] = h[n] * factor;
@@ -540,7 +540,7 @@ bool lay_out(Run& r) {
   r.scratch_floats = std::max<int64_t>((int64_t)kDownTiles * kChunkRows * kTile + tail_floats, Hp) + 64;
   const int64_t y_rows = r.fused ? r.T : r.S;
   // Every block's panels, padded, plus the tokens' rows; 1 KiB a block covers the padding.
-  const int64_t bytes = r.T * (Ku * e + nbu * 8 + 512) + r.S * ((Ku + Kd) * std::max<int64_t>({e, eh, 2}) + (nbu + nbd) * 8) +
+  const int64_t bytes = r.T * (Ku * e + nbu * 8 + 512) + r.S * ((Ku + Kd + 2 * kAmxPad) * std::max<int64_t>({e, eh, 2}) + (nbu + nbd) * 8) +
                         (int64_t)ws.blocks.size() * 1024 + y_rows * Hp * 4 +
                         r.pool->threads() * (r.scratch_floats * 4 + 256) + 8192;
   if (!ws.arena.reserve(bytes)) return false;
@@ -553,8 +553,8 @@ bool lay_out(Run& r) {
     for (int i = chunk.first; i < chunk.last; ++i) {
       RowBlock& b = ws.blocks[i];
       if (chunk.amx) {
-        b.x.q = ws.arena.take<uint16_t>(b.rows * Ku);
-        b.h.q = ws.arena.take<uint16_t>(b.rows * Kd);
+        b.x.q = ws.arena.take<uint16_t>(b.rows * (Ku + kAmxPad));
+        b.h.q = ws.arena.take<uint16_t>(b.rows * (Kd + kAmxPad));
         continue;
       }
       b.h.q = ws.arena.take<char>(b.rows * Kd * eh);

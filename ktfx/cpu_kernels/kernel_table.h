@@ -10,6 +10,9 @@ constexpr int kFp8Block = 128;
 constexpr int kBlock8 = 32;       // inputs that share an int8 activation scale
 constexpr int kBlock16 = 64;      // inputs that share an int16 activation scale
 constexpr int kAmxChunk = 32;
+// Between rows of bf16 for AMX: rows 4 KiB apart would all lie in one set of the nearest cache, which holds fewer of them
+// than a tile has.
+constexpr int kAmxPad = 32;
 constexpr int kAhead = 1024;
 
 // How the rows of an expert's input lie for the tile kernels.

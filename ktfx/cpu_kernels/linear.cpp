@@ -102,7 +102,7 @@ void cut(Run& r, int64_t rows) {
 
 int64_t block_bytes(const Run& r, int rows) {
   const int64_t Kp = r.m->Kp;
-  if (r.amx) return padded(rows * Kp * 2);
+  if (r.amx) return padded(rows * (Kp + kAmxPad) * 2);
   const int64_t scales = r.panel == kPanelF32 ? 0 : padded((Kp + r.block - 1) / r.block * rows * 4) * 2;
   return padded(rows * Kp * r.element) + scales;
 }
@@ -135,7 +135,7 @@ void fill_block(const Run& r, const RowBlock& b, float* scratch) {
   const char* x = (const char*)r.call->x + (r.begin + b.row) * K * e;
   if (r.amx) {
     for (int i = 0; i < b.rows; ++i) {
-      uint16_t* to = (uint16_t*)b.q + i * Kp;
+      uint16_t* to = (uint16_t*)b.q + i * (Kp + kAmxPad);
       memcpy(to, x + i * K * 2, K * 2);
       memset(to + K, 0, (Kp - K) * 2);
     }
@@ -203,7 +203,7 @@ void multiply(const Run& r, const uint8_t* w, int tiles, const Chunk& chunk, flo
   if (r.amx) {
     const RowBlock& b = r.blocks[chunk.first];
     for (int t = 0; t < tiles; t += 2)
-      kt.amx(&m, w + t * m.tile_bytes, t + 1 < tiles ? w + (t + 1) * m.tile_bytes : nullptr, (const uint16_t*)b.q, m.Kp,
+      kt.amx(&m, w + t * m.tile_bytes, t + 1 < tiles ? w + (t + 1) * m.tile_bytes : nullptr, (const uint16_t*)b.q, m.Kp + kAmxPad,
              chunk.rows, c + (int64_t)t * chunk.rows * kTile, c + (int64_t)(t + 1) * chunk.rows * kTile,
              (uint16_t*)scratch, w + (t + 2) * m.tile_bytes);
     return;
