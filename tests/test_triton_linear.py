@@ -41,6 +41,20 @@ def test_every_format(weights: str, way: str) -> None:
     check(LinearSpec(200, 70, weights), 3, torch.bfloat16, way == "rows", 3 if way == "split" else 1, bias=True)
 
 
+@pytest.mark.parametrize("weights", ["int4", "int4zp", "mxfp4"])
+def test_scales_that_begin_between_words(weights: str) -> None:
+    """Parts of a larger tensor may lie so; kernels read scales by words where they can."""
+    from ktfx.triton_kernels.linear import LinearConfig, linear
+
+    spec, kernel = LinearSpec(128, 40, weights), linear_kernel("triton")
+    packed = kernel.pack(spec, normal(40, 128, dtype=torch.bfloat16), DEVICE)
+    moved = [torch.cat((t.flatten()[:1], t.flatten()))[1:].view(t.shape) for t in packed[1:]]
+    assert any(t.data_ptr() % 4 for t in moved)
+    x = normal(3, 128, seed=1, dtype=torch.bfloat16)
+    out = linear(x, [packed[0], *moved], None, weights, 40, LinearConfig(False, BK=64))
+    assert_close(out, x.double() @ kernel.dequantised(spec, packed).to(x.dtype).double().t(), x.dtype)
+
+
 @pytest.mark.parametrize("way", ["rows", "split"])
 @pytest.mark.parametrize("weights", ["model", "int8", "int4", "fp8", "mxfp4"])
 def test_float32_is_exact(weights: str, way: str) -> None:

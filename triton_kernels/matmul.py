@@ -197,7 +197,8 @@ class StoredWeight:
 
     def integers(self, x: torch.Tensor) -> bool:
         """Whether ``multiply_integers`` serves: a format of 4 or 8 bits in whole 16-byte runs, inputs of 16 bits."""
-        return self.small_integers and x.element_size() == 2 and self.ldw % 16 == 0
+        whole_runs = self.ldw % 16 == 0 and self.data.data_ptr() % 4 == 0
+        return self.small_integers and whole_runs and x.element_size() == 2
 
     def whole_groups(self, step: int) -> bool:
         """Whether steps of a tile's loop are parts of a group, or whole groups (of nibbles alone)."""
@@ -206,8 +207,10 @@ class StoredWeight:
     def paired(self, dtype: torch.dtype, step: int) -> bool:
         """Whether ``multiply_tile`` unpacks two bytes at a time for inputs of a dtype.
 
-        The dtype holds codes and scales exactly, and one word holds a step's scales of a row.
+        The dtype holds codes and scales exactly, one word holds a step's scales of a row, and words lie at whole words.
         """
+        if self.data.data_ptr() % 2 or (self.nibbles and (self.scales.data_ptr() | self.zeros.data_ptr()) % 4):
+            return False
         if self.fmt == "int8":
             return dtype == torch.bfloat16 and self.ldw % 2 == 0
         groups = max(step // max(self.group, 1), 1)

@@ -601,6 +601,8 @@ TUNED = [
     ("dsv3", "int4", 1),
     *(("qwen3-30b", w, T) for T in (4096, 16) for w in ("model", "int4", "fp8") if (w, T) != ("model", 4096)),
     ("gpt-oss-20b", "mxfp4", 4096),
+    *(("qwen3-30b", w, 4096) for w in ("int8", "mxfp4")),
+    *((model, "model", 1) for model in ("dsv2-lite", "gpt-oss-20b")),
 ]
 
 
