@@ -7,6 +7,7 @@ walking them all took a tenth of the suite's time.
 from __future__ import annotations
 
 import gc
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -33,6 +34,15 @@ def pytest_collection_finish() -> None:
 
 def pytest_unconfigure() -> None:
     gc.unfreeze()  # extension modules complain of leaks otherwise
+
+
+@pytest.fixture(autouse=True, scope="module")
+def nothing_traced() -> None:
+    """Each file begins with a Dynamo that has seen no model: lengths that differ from another file's would be symbolic,
+    which takes twice as long to trace."""
+    dynamo = sys.modules.get("torch._dynamo")
+    if dynamo is not None:
+        dynamo.reset()
 
 
 @pytest.fixture

@@ -93,6 +93,7 @@ def run_command(block: Block, command: Command) -> None:
     if expected and words[1] == "run" and torch.cuda.is_available():
         return  # asks for devices that may be there
     result = invoke(tuple(arguments))
+    torch._dynamo.reset()  # a command is a process of its own: the lengths that it traced are not known to the next
     assert result.exit_code == (int(expected[1]) if expected else 0), f"{block}: {command.text}\n{result.output}"
     if target is not None:
         Path(target).write_text(result.stdout, encoding="utf-8")

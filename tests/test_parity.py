@@ -38,24 +38,21 @@ ALIKE = {"olmoe", "qwen2_moe", "glm4_moe", "ernie4_5_moe", "dots1", "minimax_m2"
     "name", [pytest.param(f.name, marks=pytest.mark.slow) if f.name in ALIKE else f.name for f in FAMILIES]
 )
 def test_every_family_with_experts_on_the_host_and_two_gpus(name):
-    """32 decode steps: past the window of the sliding models (16)."""
-    state = check(tiny_model(name), two_gpus_host(LAYERS, "experts.cpu"), steps=32)
+    """32 decode steps: past the window of the sliding models (16). Two layers hold one of each kind."""
+    state = check(tiny_model(name, layers=2), two_gpus_host(2, "experts.cpu"), steps=32)
     assert {g.phase for g in state.graphs} == {"prefill", "generate"}
     devices = {u.device for g in state.graphs for u in g.built.units}
     assert devices == ({"gpu0", "gpu1"} if name == "llama" else {"gpu0", "gpu1", "host"})
 
 
-def _layers(split: int) -> dict[str, str]:
-    return {f"0-{split - 1}": "gpu0", f"{split}-{LAYERS - 1}": "gpu1"}
-
-
+SPLIT = ["gpu0", "gpu1"]
 PLACEMENTS: dict[str, dict[str, Any]] = {
     "all_host": {
         "default_device": "host",
         "rules": [{"match": {"module": "experts"}, "replace": {"op": "experts.cpu"}}],
     },
     "one_gpu": {"default_device": "gpu0", "rules": []},
-    "two_gpus": {"default_device": "gpu0", "layers": _layers(1), "rules": []},
+    "two_gpus": {"default_device": "gpu0", "layers": SPLIT, "rules": []},
     "experts_on_host": {
         "default_device": "gpu0",
         "rules": [{"match": {"module": "experts"}, "replace": {"op": "experts.aten", "device": "host"}}],
@@ -83,7 +80,7 @@ PLACEMENTS: dict[str, dict[str, Any]] = {
     },
     "experts_by_triton": {
         "default_device": "gpu0",
-        "layers": _layers(1),
+        "layers": SPLIT,
         "rules": [{"match": {"module": "experts"}, "replace": {"op": "experts.triton"}}],
     },
 }
@@ -95,7 +92,8 @@ def rules_of(name: str) -> dict[str, Any]:
 
 @pytest.mark.parametrize("placement", PLACEMENTS)
 def test_every_placement(placement):
-    state = check(tiny_model("qwen3_moe"), rules_of(placement), steps=8)
+    layers = 3 if placement == "alternate_layers" else 2
+    state = check(tiny_model("qwen3_moe", layers=layers), rules_of(placement), steps=8)
     for graph in state.graphs:
         assert graph.built.written_back == 0, "a cache was copied instead of updated in place"
 
