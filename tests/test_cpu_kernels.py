@@ -283,11 +283,35 @@ def test_results_do_not_depend_on_threads_or_shares():
             x, ids, w = inputs(spec, torch.bfloat16, T, 3)
             results = []
             # Two and three shares are NUMA nodes in play: the same split of every expert, on one node.
-            for threads, shares in ((1, 1), (2, 1), (5, 1), (4, 2), (5, 3)):
+            for threads, shares in ((1, 1), (2, 1), (16, 1), (4, 2), (5, 3)):
                 native.set_threads(threads, shares)
                 assert (native.lib().ktfx_threads(), native.lib().ktfx_shares()) == (threads, shares)
                 results += [native.forward(spec, x, ids, w, packed) for _ in range(3)]
             assert all(torch.equal(r, results[0]) for r in results)
+
+
+def test_waking_threads_is_only_a_hint():
+    spec = ExpertsSpec(4, 64, 48)
+    packed = native.pack(spec, model_tensors(spec, torch.float32))
+    call = inputs(spec, torch.float32, 5, 2)
+    native.set_threads(4, 2)
+    want = native.forward(spec, *call, packed)
+    stop = threading.Event()
+
+    def wake():
+        while not stop.is_set():
+            native.lib().ktfx_wake()
+            time.sleep(0.0003)  # so that some calls find threads asleep
+
+    waker = threading.Thread(target=wake)
+    waker.start()
+    try:
+        for i in range(60):
+            assert torch.equal(native.forward(spec, *call, packed), want)
+            time.sleep(0.001 * (i % 3))
+    finally:
+        stop.set()
+        waker.join()
 
 
 def test_the_callers_float_mode_is_left_alone():
@@ -425,9 +449,9 @@ def test_status_names_the_isa():
 
 
 @pytest.mark.parametrize("weights", ["int8", "int4", "mxfp4"])
-@pytest.mark.parametrize("rows", [5, 6, 7])
+@pytest.mark.parametrize("rows", [5, 6, 7, 17, 49])
 def test_few_rows_an_expert_over_many_inputs(weights, rows):
-    """Five and six rows are one row block and still take a panel, which holds 512 inputs at a time."""
+    """Row blocks that read the tile itself, and a panel, which holds 512 inputs at a time, by format and rows."""
     g = torch.Generator().manual_seed(rows)
     spec = ExpertsSpec(num_experts=2, hidden=1152, intermediate=640, weights=weights)
     tensors = {
