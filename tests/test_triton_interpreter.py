@@ -1,4 +1,4 @@
-"""Runs every test_triton_*.py in Triton's interpreter, in a process of its own; see triton_cases.py for why."""
+"""Runs every test_triton_*.py in Triton's interpreter, in processes of their own; see triton_cases.py for why."""
 
 from __future__ import annotations
 
@@ -12,11 +12,15 @@ from triton_cases import INTERPRETED
 
 HERE = Path(__file__).parent
 FILES = sorted(p.name for p in HERE.glob("test_triton_*.py") if p.name != Path(__file__).name)
+# A process takes seconds to start and import: three for all files, of about equal length.
+EXPERTS = [f for f in FILES if "experts" in f]
+LINEARS = [f for f in FILES if "linear" in f or "integer" in f]
+GROUPS = {"experts": EXPERTS, "linears": LINEARS, "others": [f for f in FILES if f not in (*EXPERTS, *LINEARS)]}
 
 
 @pytest.mark.skipif(INTERPRETED, reason="already in the interpreter")
-@pytest.mark.parametrize("name", FILES)
-def test_in_the_interpreter(name: str) -> None:
+@pytest.mark.parametrize("group", GROUPS)
+def test_in_the_interpreter(group: str) -> None:
     pytest.importorskip("triton")
     run = subprocess.run(
         [
@@ -30,7 +34,7 @@ def test_in_the_interpreter(name: str) -> None:
             "no:cacheprovider",
             "-m",
             "not gpu and not slow",
-            str(HERE / name),
+            *(str(HERE / name) for name in GROUPS[group]),
         ],
         env={**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"},
         capture_output=True,
