@@ -76,9 +76,10 @@ class Generated:
 
 @dataclass(frozen=True)
 class Outcome:
-    """Everything that a run found out. eager: None under --no-check."""
+    """Everything that a run found out. eager: None under --no-check. module: held, since the state reads its weights."""
 
     source: ModelSource
+    module: PreTrainedModel
     rules: str
     simulated: list[str]
     prompt: str
@@ -206,7 +207,9 @@ def _generate(
 
     rows = placement_rows(state.resolution, plan_weights(module, state.resolution))
     simulated = [name for name in devices if _is_simulated(name, devices, state)]
-    return Outcome(source, rules, simulated, prompt, "".join(pieces), compiled, eager, compile_seconds, state, rows)
+    return Outcome(
+        source, module, rules, simulated, prompt, "".join(pieces), compiled, eager, compile_seconds, state, rows
+    )
 
 
 def _timed(

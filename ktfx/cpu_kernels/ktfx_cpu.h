@@ -4,7 +4,7 @@
 #include <stddef.h>
 #include <stdint.h>
 
-#define KTFX_ABI 1
+#define KTFX_ABI 2
 #define KTFX_MESSAGE 192
 #define KTFX_PROFILE 11
 

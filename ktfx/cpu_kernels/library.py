@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-ABI = 1
+ABI = 2
 MESSAGE_BYTES = 192
 PROFILE_SUMS = 11
 FILE_NAME = "libktfx_cpu.so"
@@ -117,13 +117,13 @@ def load() -> Loaded:
         return Loaded(None, f"{path.name} was not built: reinstall ktfx with a C++17 compiler (GCC 11 or newer)")
     try:
         library = ctypes.CDLL(str(path))
+        if library.ktfx_abi() != ABI:  # first: a library of another version may lack functions
+            return Loaded(None, f"{path.name} is of another version of ktfx: reinstall ktfx")
         for name, (result, arguments) in _SIGNATURES.items():
             function = getattr(library, name)
             function.restype, function.argtypes = result, arguments
     except (OSError, AttributeError) as error:
         return Loaded(None, f"{path.name} cannot be loaded: {error}")
-    if library.ktfx_abi() != ABI:
-        return Loaded(None, f"{path.name} is of another version of ktfx: reinstall ktfx")
     isa = os.environ.get("KTFX_CPU_ISA", "")
     available = library.ktfx_isas().decode().split(",")
     if isa and isa not in available:
