@@ -76,7 +76,7 @@ class Generated:
 
 @dataclass(frozen=True)
 class Outcome:
-    """Everything that a run found out. eager: None under --no-check. module: held, since the state reads its weights."""
+    """Everything that a run found out. eager: None under --no-check. module: held, as the state reads its weights."""
 
     source: ModelSource
     module: PreTrainedModel
