@@ -11,16 +11,16 @@ from torch import nn
 from ktfx.devices import DeviceMap
 from ktfx.errors import PlacementError
 from ktfx.experts_requests import requested_spec
-from ktfx.fusion import OnDevice, is_on
+from ktfx.fusion import OnDevice, is_meant
 from ktfx.linear_rules import linear_choice, packed_bytes, read_as_they_are
 from ktfx.ops.experts import experts_kernel, experts_kernel_names
 from ktfx.ops.experts_layout import experts_layout
-from ktfx.ops.linear import linear_kernel, linear_kernel_names
+from ktfx.ops.linear import LinearSpec, linear_kernel, linear_kernel_names
 from ktfx.pass_manager import build_pipeline
 from ktfx.resolve import ModulePlacement, Resolution
 from ktfx.stored_linears import stored_format
 from ktfx.text import human_bytes
-from ktfx.weight_requests import DEQUANTISED, LINEAR
+from ktfx.weight_requests import LINEAR, DequantisedRequest
 
 
 @dataclass(frozen=True)
@@ -72,16 +72,16 @@ def _absorbed_copies(model: nn.Module, resolution: Resolution) -> list[WeightPla
         if path.rpartition(".")[2] != "kv_b_proj" or not isinstance(module, nn.Linear):
             continue
         device = resolution.glue_device(path, "generate")
-        asked = options.device == "any" or is_on(options.device, device, resolution.ruleset)
+        asked = is_meant(options.device, device, resolution.ruleset)
         choice = linear_choice(module, resolution.of(path), "generate")
         format = choice.spec.weights if choice is not None else stored_format(module) or "model"
         sorted_inputs = getattr(module, "input_order", None) is not None
         if not asked or sorted_inputs or format == "model" or (choice and choice.spec.activations != "model"):
             continue
         dtype = next(p.dtype for p in model.parameters() if p.is_floating_point() and p.dtype.itemsize > 1)
-        name = f"{DEQUANTISED}{str(dtype).removeprefix('torch.')}:{format}"
+        request = DequantisedRequest(LinearSpec(module.in_features, module.out_features, format), dtype, ())
         nbytes = module.out_features * module.in_features * dtype.itemsize
-        found.append(WeightPlan(f"{path}.weight", path, device, name, nbytes))
+        found.append(WeightPlan(f"{path}.weight", path, device, request.format, nbytes))
     return found
 
 

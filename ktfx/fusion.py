@@ -44,9 +44,14 @@ def is_on(asked: str, name: str, ruleset: Ruleset) -> bool:
     return asked in (name, written.partition(":")[0]) or canonical(asked) == written
 
 
+def is_meant(device: str, name: str, ruleset: Ruleset) -> bool:
+    """Whether a pass whose option ``device`` this is works on a device of that name; ``any``: on every one."""
+    return device == "any" or is_on(device, name, ruleset)
+
+
 def is_asked(device: str, node: fx.Node, context: PassContext) -> bool:
-    """Whether a pass whose option ``device`` this is works on the node; ``any``: everywhere."""
-    return device == "any" or is_on(device, device_name(node, context), context.resolution.ruleset)
+    """Whether a pass whose option ``device`` this is works on the node."""
+    return is_meant(device, device_name(node, context), context.resolution.ruleset)
 
 
 def spans_devices(nodes: Iterable[fx.Node], root: fx.Node, context: PassContext) -> str | None:

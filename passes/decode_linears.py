@@ -81,12 +81,12 @@ class Layer:
 
 
 def _layer(node: fx.Node) -> Layer:
-    own = Layer(node, node.args[0], node.args[1], _bias(node), False)
-    given = [v for v in (own.x, own.weight, own.bias) if v is not None]
-    narrow = [_before_cast(v) for v in given]
-    if any(n is None for n in narrow):
-        return own
-    return Layer(node, narrow[0], narrow[1], narrow[2] if own.bias is not None else None, True)
+    x, weight, bias = node.args[0], node.args[1], _bias(node)
+    narrow_x, narrow_weight = _before_cast(x), _before_cast(weight)
+    narrow_bias = None if bias is None else _before_cast(bias)
+    if narrow_x is None or narrow_weight is None or (bias is not None and narrow_bias is None):
+        return Layer(node, x, weight, bias, False)
+    return Layer(node, narrow_x, narrow_weight, narrow_bias, True)
 
 
 def _before_cast(value: Any) -> Any:

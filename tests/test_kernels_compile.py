@@ -100,34 +100,28 @@ def attentions() -> None:
     mla_decode(q, torch.zeros(1, 16, 1, 64, dtype=BF16), t["latent"], t["rope"], mask, bounds, 1.0, out)
 
 
-def quantised(weights: str) -> None:
+def quantised(
+    weights: str, rows: int = 1, experts: tuple[int, int, int] = (4, 128, 64), tokens: tuple[int, ...] = (1,),
+    pairs: bool | None = None,
+) -> None:  # fmt: skip
+    """A linear layer of so many rows, and experts (E, H, I), of which each token chooses two."""
     from ktfx.triton_kernels.experts import routed_experts
     from ktfx.triton_kernels.linear import linear
 
-    spec = LinearSpec(256, 64, weights)
-    packed = linear_kernel("triton").pack(spec, torch.ones(64, 256, dtype=BF16), torch.device("cpu"))
-    linear(torch.zeros(1, 256, dtype=BF16), packed, None, weights, 64)
-    experts = ExpertsSpec(4, 128, 64, weights=weights)
-    gate_up, down = torch.ones(4, 128, 128, dtype=BF16), torch.ones(4, 128, 64, dtype=BF16)
-    parts = experts_kernel("triton").pack(experts, {"gate_up": gate_up, "down": down}, torch.device("cpu"))
-    ids, share = torch.zeros(1, 2, dtype=torch.int64), torch.ones(1, 2, dtype=BF16)
-    routed_experts(experts, torch.zeros(1, 128, dtype=BF16), ids, share, parts)
-
-
-def tiles(weights: str, rows: tuple[int, ...]) -> None:
-    """So many rows an expert; a tile of 64 has another half for an expert's last rows."""
-    from ktfx.triton_kernels.experts import routed_experts
-    from ktfx.triton_kernels.linear import linear
-
-    spec = LinearSpec(256, 64, weights)
-    packed = linear_kernel("triton").pack(spec, torch.ones(64, 256, dtype=BF16), torch.device("cpu"))
-    linear(torch.zeros(12, 256, dtype=BF16), packed, None, weights, 64)
-    experts = ExpertsSpec(2, 192, 192, weights=weights)
-    gate_up, down = torch.ones(2, 384, 192, dtype=BF16), torch.ones(2, 192, 192, dtype=BF16)
-    parts = experts_kernel("triton").pack(experts, {"gate_up": gate_up, "down": down}, torch.device("cpu"))
-    for T in rows:
+    linear_spec, (E, H, inter) = LinearSpec(256, 64, weights), experts
+    packed = linear_kernel("triton").pack(linear_spec, torch.ones(64, 256, dtype=BF16), torch.device("cpu"))
+    linear(torch.zeros(rows, 256, dtype=BF16), packed, None, weights, 64)
+    spec = ExpertsSpec(E, H, inter, weights=weights)
+    gate_up, down = torch.ones(E, 2 * inter, H, dtype=BF16), torch.ones(E, H, inter, dtype=BF16)
+    parts = experts_kernel("triton").pack(spec, {"gate_up": gate_up, "down": down}, torch.device("cpu"))
+    for T in tokens:
         ids, share = torch.zeros(T, 2, dtype=torch.int64), torch.ones(T, 2, dtype=BF16)
-        routed_experts(experts, torch.zeros(T, 192, dtype=BF16), ids, share, parts, pairs=False)
+        routed_experts(spec, torch.zeros(T, H, dtype=BF16), ids, share, parts, pairs=pairs)
+
+
+def tiles(weights: str, tokens: tuple[int, ...]) -> None:
+    """So many rows an expert; a tile of 64 has another half for an expert's last rows."""
+    quantised(weights, 12, (2, 192, 192), tokens, pairs=False)
 
 
 TILES = {"_tiles_up_kernel", "_tiles_down_kernel", "_combine_kernel", "_place_kernel"}

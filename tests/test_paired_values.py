@@ -18,10 +18,14 @@ WORDS = torch.arange(1 << 16)
 MASK = 0xFFFFFFFF
 
 
+def numbers(bits: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """The 16-bit numbers in the low halves of int64 words."""
+    return bits.to(torch.int32).to(torch.int16).view(dtype)
+
+
 def halves(bits: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """int64 words to the two 16-bit numbers they hold, as float32, (…, 2)."""
-    both = torch.stack([bits & 0xFFFF, bits >> 16 & 0xFFFF], -1)
-    return both.to(torch.int32).to(torch.int16).view(dtype).float()
+    return numbers(torch.stack([bits & 0xFFFF, bits >> 16 & 0xFFFF], -1), dtype).float()
 
 
 def joined(values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -113,9 +117,9 @@ def test_nibbles(dtype: torch.dtype, zero: int | None, high: bool, second: bool)
         above = 0 if zero is None else (zero | zero << 16) << 32
         got = run(asm, WORDS | bits << 16 | above)
         code = WORDS >> (8 * second + 4 * high) & 15
-        stored = torch.tensor([bits], dtype=torch.int32).to(torch.int16).view(dtype).float()
+        stored = numbers(torch.tensor([bits]), dtype).float()
         want = ((code - (8 if zero is None else zero)).float() * stored).to(dtype)
-        assert torch.equal(got.to(torch.int32).to(torch.int16).view(dtype), want)
+        assert torch.equal(numbers(got, dtype), want)
 
 
 @pytest.mark.parametrize("second", [False, True])
@@ -127,7 +131,7 @@ def test_e2m1(high: bool, second: bool) -> None:
     for exponent in (-126, -9, 0, 5, 120):
         got = run(pair_asm(e2m1_steps(high), second), WORDS | (exponent + 127) << 23)
         want = (table[WORDS >> (8 * second + 4 * high) & 15] * 2.0**exponent).bfloat16()
-        assert torch.equal(got.to(torch.int32).to(torch.int16).view(torch.bfloat16), want)
+        assert torch.equal(numbers(got, torch.bfloat16), want)
 
 
 @pytest.mark.parametrize("second", [False, True])
@@ -136,4 +140,4 @@ def test_int8(second: bool) -> None:
 
     got = run(pair_asm(int8_steps(), second), WORDS)
     want = (WORDS >> (8 * second) & 255).to(torch.uint8).view(torch.int8)
-    assert torch.equal(got.to(torch.int32).to(torch.int16).view(torch.bfloat16), want.bfloat16())
+    assert torch.equal(numbers(got, torch.bfloat16), want.bfloat16())

@@ -22,7 +22,7 @@ from ktfx.triton_kernels.dequant import narrow
 from ktfx.triton_kernels.launch import cdiv, on_its_device, pow2, sm_count
 from ktfx.triton_kernels.norms import normed
 
-from ktfx.ops.linear_rows import MOST_WEIGHTS
+from ktfx.ops.linear_rows import MOST_WEIGHTS, empty_norm_results, empty_results
 
 Item = TypeVar("Item")
 
@@ -153,7 +153,7 @@ def linear_rows(
 ) -> list[torch.Tensor]:
     """x (…, K), weights (N, K) of x's dtype, at most four, biases (N,) for all or none: one (…, N) a weight, in x's
     dtype or, ``wide``, in float32."""
-    ys = _results(x, weights, wide) if out is None else list(out)
+    ys = empty_results(x, weights, wide) if out is None else list(out)
     _launch(x, None, None, 0.0, "", weights, biases, ys, x, x, config)
     return ys
 
@@ -166,13 +166,9 @@ def norm_linear_rows(
 ) -> list[torch.Tensor]:  # fmt: skip
     """See ``ktfx.ops.linear_rows``: the normed x, with a residual the sum, then one result a weight, or into out."""
     before = 1 if residual is None else 2
-    made = [*(x.new_empty(x.shape) for _ in range(before)), *_results(x, weights, wide)] if out is None else list(out)
+    made = empty_norm_results(x, residual, weights, wide) if out is None else list(out)
     _launch(x, residual, norm, eps, kind, weights, biases, made[before:], made[0], made[before - 1], config)
     return made
-
-
-def _results(x: torch.Tensor, weights: Sequence[torch.Tensor], wide: bool) -> list[torch.Tensor]:
-    return [x.new_empty(*x.shape[:-1], w.shape[0], dtype=torch.float32 if wide else x.dtype) for w in weights]
 
 
 def _launch(

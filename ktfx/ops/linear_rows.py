@@ -55,7 +55,8 @@ def _check(name: str, x: torch.Tensor, weights: Sequence[torch.Tensor], biases: 
             )
 
 
-def _results(x: torch.Tensor, weights: Sequence[torch.Tensor], wide: bool) -> list[torch.Tensor]:
+def empty_results(x: torch.Tensor, weights: Sequence[torch.Tensor], wide: bool) -> list[torch.Tensor]:
+    """What ``linear_rows`` returns, not filled."""
     return [x.new_empty([*x.shape[:-1], w.shape[0]], dtype=torch.float32 if wide else x.dtype) for w in weights]
 
 
@@ -63,7 +64,15 @@ def _results(x: torch.Tensor, weights: Sequence[torch.Tensor], wide: bool) -> li
 def _(
     x: torch.Tensor, weights: list[torch.Tensor], biases: list[torch.Tensor], wide: bool = False
 ) -> list[torch.Tensor]:
-    return _results(x, weights, wide)
+    return empty_results(x, weights, wide)
+
+
+def empty_norm_results(
+    x: torch.Tensor, residual: torch.Tensor | None, weights: Sequence[torch.Tensor], wide: bool
+) -> list[torch.Tensor]:
+    """What ``norm_linear_rows`` returns, not filled."""
+    before = [x.new_empty(x.shape) for _ in range(1 if residual is None else 2)]
+    return [*before, *empty_results(x, weights, wide)]
 
 
 @torch.library.custom_op("ktfx::norm_linear_rows", mutates_args=())
@@ -102,5 +111,4 @@ def _(
     biases: list[torch.Tensor],
     wide: bool = False,
 ) -> list[torch.Tensor]:
-    before = [x.new_empty(x.shape) for _ in range(1 if residual is None else 2)]
-    return [*before, *_results(x, weights, wide)]
+    return empty_norm_results(x, residual, weights, wide)
