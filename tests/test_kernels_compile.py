@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from tensor_core_registers import overwritten, products_a_wait
 
 from ktfx.ops import load_ops
 from ktfx.ops.experts import ExpertsSpec, experts_kernel
@@ -42,22 +43,23 @@ class Hopper:
 
 
 @pytest.fixture
-def compiled(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
-    """Launches compile and do not run; the names of the kernels."""
+def compiled(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[str, Any]]]:
+    """Launches compile and do not run; the names of the kernels and what became of them."""
     import ktfx.triton_kernels.dependent_launch as dependent_launch
     from triton.runtime.jit import JITFunction
 
-    names: list[str] = []
+    made: list[tuple[str, Any]] = []
     run = JITFunction.run
 
     def warm(self: Any, *args: Any, **kwargs: Any) -> Any:
-        names.append(self.__name__)
-        return run(self, *args, **{**kwargs, "warmup": True})
+        kernel = run(self, *args, **{**kwargs, "warmup": True})
+        made.append((self.__name__, kernel))
+        return kernel
 
     monkeypatch.setattr(JITFunction, "run", warm)
     monkeypatch.setattr(dependent_launch, "_supported", lambda device: True)
     monkeypatch.setattr(triton.runtime.driver, "_active", Hopper())
-    yield names
+    yield made
 
 
 def decode_tensors(**shapes: tuple[int, ...]) -> dict[str, torch.Tensor]:
@@ -125,6 +127,7 @@ def tiles(weights: str, tokens: tuple[int, ...]) -> None:
 
 
 TILES = {"_tiles_up_kernel", "_tiles_down_kernel", "_combine_kernel", "_place_kernel"}
+FORMATS = ("model", "int4", "int4zp-g32", "int8", "mxfp4", "fp8")
 CASES: dict[str, tuple[Callable[[], None], set[str]]] = {
     "ropes": (ropes, {"_norm_rope_kernel"}),
     "caches": (caches, {"_cache_write_kernel"}),
@@ -134,17 +137,50 @@ CASES: dict[str, tuple[Callable[[], None], set[str]]] = {
         w: (partial(quantised, w), {"_rows_kernel", "_pairs_up_kernel", "_pairs_down_kernel"})
         for w in ("model", "int4", "int4zp", "int8", "mxfp4", "fp8")
     },
-    "tiles int4": (partial(tiles, "int4", (48,)), TILES),
     **{
-        f"every tile {w}": (partial(tiles, w, (16, 48)), TILES) for w in ("model", "int4zp-g32", "int8", "mxfp4", "fp8")
+        f"every tile {w}": (partial(tiles, w, (16, 48)), TILES)
+        for w in ("model", "int4", "int4zp-g32", "int8", "mxfp4", "fp8")
     },
 }
 SLOW = {case: pytest.mark.slow for case in CASES if case.startswith("every tile")}
 
 
 @pytest.mark.parametrize("case", [pytest.param(case, marks=SLOW.get(case, ())) for case in CASES])
-def test_compiles(case: str, compiled: list[str]) -> None:
+def test_compiles(case: str, compiled: list[tuple[str, Any]]) -> None:
     load_ops()
     call, kernels = CASES[case]
     call()
-    assert kernels <= set(compiled)
+    assert kernels <= {name for name, _ in compiled}
+
+
+@pytest.mark.parametrize(
+    "weights", ["int4", *(pytest.param(w, marks=pytest.mark.slow) for w in ("int8", "mxfp4", "fp8"))]
+)
+def test_products_of_unpacked_weights(weights: str, compiled: list[tuple[str, Any]]) -> None:
+    """Nothing writes registers that tensor cores still read, and a step of the loop waits for its products once."""
+    load_ops()
+    tiles(weights, (16, 48))
+    code = [kernel.asm["sass"] for name, kernel in compiled if name in ("_tiles_up_kernel", "_tiles_down_kernel")]
+    assert len(code) == 4
+    for sass in code:
+        assert overwritten(sass) == []
+        waits = products_a_wait(sass)
+        assert waits and min(waits) >= 4
+
+
+LOOP = """
+LBB3:
+--:-:1:-:4\tLDS R41, [R18+UR5+0x3800];
+--:-:-:-:1\tHGMMA.64x16x16.F32.BF16 R24, R44, gdesc[UR20], R24;
+--:-:-:-:1\tHGMMA.64x16x16.F32.BF16 R24, R40, gdesc[UR20], R24, gsb0;
+--:-:-:Y:2\tWARPGROUP.DEPBAR.LE gsb0, 0x{left};
+--:-:-:-:1\t@P0 IMAD.WIDE R46, R23, 0x2, R12;
+--:-:-:-:5\t@!P1 BRA LBB3;
+"""
+
+
+def test_registers_of_products_in_flight() -> None:
+    assert overwritten(LOOP.format(left=0)) == []
+    wrong = overwritten(LOOP.format(left=1))
+    assert [w.split(" overwritten by ")[1].split()[0] for w in wrong] == ["IMAD.WIDE", "LDS"]
+    assert products_a_wait(LOOP.format(left=0)) == [2]

@@ -36,7 +36,7 @@ from ktfx.triton_kernels.matmul import (
     scale_row,
     step_of,
     stored_weight,
-    tile_step,
+    tile_shape,
 )
 
 from ktfx.ops.experts import ExpertsSpec
@@ -141,27 +141,26 @@ def _tile_up(
     there = m < count
     pair = tl.load(order_ptr + first + m, mask=there, other=0)
     xrow = (pair // TOPK).to(tl.int64) * H
-    i = n_tile * BN + tl.arange(0, BN)
-    ok = i < inter
-    row, srow = e * (L * inter) + i, scale_row(e, i, L * inter, FMT)
-    row_up, srow_up = row + (L - 1) * inter, scale_row(e, i + (L - 1) * inter, L * inter, FMT)
-    gate, up = tl.zeros((BN, BM), tl.float32), tl.zeros((BN, BM), tl.float32)
+    # The rows of gate, then those of up, in one product: its sums of one place lie in one thread.
+    part, i = tl.arange(0, L * BN) // BN, n_tile * BN + tl.arange(0, L * BN) % BN
+    n, ok = part * inter + i, i < inter
+    row, srow = e * (L * inter) + n, scale_row(e, n, L * inter, FMT)
+    acc = tl.zeros((L * BN, BM), tl.float32)
     for k0 in tl.range(0, H, BK):
         x = load_inputs(x_ptr, xrow, there, k0, H, BK)
-        gate = multiply_tile(gate, x, w_ptr, s_ptr, z_ptr, row, srow, ok, k0, H, ldw, lds, FMT, G, BK, NATIVE, PAIRED)
-        if L == 2:
-            up = multiply_tile(
-                up, x, w_ptr, s_ptr, z_ptr, row_up, srow_up, ok, k0, H, ldw, lds, FMT, G, BK, NATIVE, PAIRED
-            )
+        acc = multiply_tile(acc, x, w_ptr, s_ptr, z_ptr, row, srow, ok, k0, H, ldw, lds, FMT, G, BK, NATIVE, PAIRED)
     if FMT == "int8":
-        gate *= tl.load(s_ptr + srow, mask=ok, other=0.0)[:, None]
-        up *= tl.load(s_ptr + srow_up, mask=ok, other=0.0)[:, None]
+        acc *= tl.load(s_ptr + srow, mask=ok, other=0.0)[:, None]
     if BIAS:
-        gate += tl.load(b_ptr + row, mask=ok, other=0.0).to(tl.float32)[:, None]
-        up += tl.load(b_ptr + row_up, mask=ok, other=0.0).to(tl.float32)[:, None]
-    h = gated(gate, up, ACT, GATE, alpha, limit) if L == 2 else activation(gate, ACT)
+        acc += tl.load(b_ptr + row, mask=ok, other=0.0).to(tl.float32)[:, None]
+    if L == 2:
+        gate, up = tl.split(acc.reshape(2, BN, BM).permute(1, 2, 0))
+        h = gated(gate, up, ACT, GATE, alpha, limit)
+    else:
+        h = activation(acc, ACT)
+    i = n_tile * BN + tl.arange(0, BN)
     at = h_ptr + (first + m).to(tl.int64)[None, :] * inter + i[:, None]
-    tl.store(at, narrow(h, h_ptr.dtype.element_ty), mask=ok[:, None] & there[None, :])
+    tl.store(at, narrow(h, h_ptr.dtype.element_ty), mask=(i < inter)[:, None] & there[None, :])
 
 
 @triton.jit
@@ -293,12 +292,11 @@ def pairs_config(weight: StoredWeight, K: int, leading: int) -> PairsConfig:
     return PairsConfig(R=4 if leading <= 4 else max(1, 16 // rows), BK=BK, num_warps=max(1, min(4, BK // 128)))
 
 
-def tiles_config(weight: StoredWeight, K: int, rows_an_expert: float, dtype: torch.dtype) -> TilesConfig:
+def tiles_config(weight: StoredWeight, rows_an_expert: float, dtype: torch.dtype, parts: int) -> TilesConfig:
+    """parts: how many weight rows each of the BN rows stands for (2 for gate and up)."""
     BM = 16 if rows_an_expert <= 16 else 32 if rows_an_expert <= 32 else 64 if rows_an_expert <= 96 else 128
-    BK = tile_step(weight, dtype)
-    small = BM <= 32
-    # Each of two warpgroups then has 64 weight rows of its own, by BM pairs.
-    return TilesConfig(BM, 64 if small else 128, BK, 8, 4 if small else 8, 4 if small else 3)
+    shape = tile_shape(weight, dtype, BM, parts)
+    return TilesConfig(BM, shape.BN, shape.BK, 8, shape.num_warps, shape.num_stages)
 
 
 def weight_of(spec: ExpertsSpec, packed: Sequence[torch.Tensor], which: int) -> StoredWeight:
@@ -308,8 +306,9 @@ def weight_of(spec: ExpertsSpec, packed: Sequence[torch.Tensor], which: int) -> 
 
 
 def tiles_choice(spec: ExpertsSpec, packed: Sequence[torch.Tensor], rows: float, dtype: torch.dtype) -> TilesPair:
+    parts = 1 if spec.gate == "none" else 2
     up, down = weight_of(spec, packed, 0), weight_of(spec, packed, 1)
-    return tiles_config(up, spec.hidden, rows, dtype), tiles_config(down, spec.intermediate, rows, dtype)
+    return tiles_config(up, rows, dtype, parts), tiles_config(down, rows, dtype, 1)
 
 
 def default_configs(

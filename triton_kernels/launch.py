@@ -57,7 +57,9 @@ def sm_count(device: torch.device) -> int:
 
 @lru_cache
 def shared_memory(device: torch.device) -> int:
-    """Bytes of shared memory that one program of a GPU may take."""
+    """Bytes of shared memory that one program of a GPU may take; on the CPU those of Hopper."""
+    if device.type != "cuda":
+        return 232_448
     return int(triton.runtime.driver.active.utils.get_device_properties(device.index or 0)["max_shared_mem"])
 
 

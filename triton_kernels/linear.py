@@ -7,7 +7,7 @@ split over SPLIT programs that write float32 partial sums, and a second kernel a
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import torch
 import triton
@@ -25,7 +25,7 @@ from ktfx.triton_kernels.matmul import (
     row_inputs,
     scale_row,
     stored_weight,
-    tile_step,
+    tile_shape,
 )
 
 
@@ -123,14 +123,11 @@ def linear_config(weight: StoredWeight, M: int, N: int, K: int, dtype: torch.dty
         BK = min(1024 if weight.nibbles else 512, max(pow2(K), 16))
         return LinearConfig(True, R=4, BK=max(BK, weight.group), num_stages=1)
     BM = 16 if M <= 16 else 32 if M <= 32 else 64 if M <= 64 else 128
-    small = BM <= 32
-    BN = 64 if small else 128
-    BK = tile_step(weight, dtype)
-    tiles = cdiv(M, BM) * cdiv(N, BN)
+    shape = tile_shape(weight, dtype, BM)
+    tiles = cdiv(M, BM) * cdiv(N, shape.BN)
     # Two programs a multiprocessor keep the memory busy; no part shorter than 256.
     split = max(1, min(2 * sm_count(weight.data.device) // tiles, K // 256, 16)) if BM <= 64 else 1
-    warps, stages = (4, 4) if small else (8, 4 if weight.fmt == "model" else 3)
-    return LinearConfig(False, BM=BM, BN=BN, BK=BK, SPLIT=split, num_warps=warps, num_stages=stages)
+    return LinearConfig(False, BM=BM, SPLIT=split, **asdict(shape))
 
 
 @on_its_device

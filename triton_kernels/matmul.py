@@ -21,9 +21,10 @@ from ktfx.triton_kernels.dequant import (
     narrow,
     nibbles,
     product,
+    settled,
 )
 from ktfx.triton_kernels.integer_rows import integer_inputs, multiply_integers
-from ktfx.triton_kernels.launch import bytes_view, cdiv, native_fp8, pow2
+from ktfx.triton_kernels.launch import bytes_view, cdiv, native_fp8, pow2, shared_memory
 from ktfx.triton_kernels.paired_values import int8_byte, paired_nibbles
 
 from ktfx.formats import FP8_BLOCK, parse_format
@@ -160,7 +161,8 @@ def multiply_tile(
         if FMT == "fp8":
             w = e4m3(w, NATIVE) * load_group_scale(s_ptr, srow * lds + k0 // G, ok, FMT)[:, None]
         w = narrow(w, DT)
-    return product(w, x, acc)
+    acc = product(w, x, acc)
+    return acc if FMT == "model" else settled(acc)
 
 
 @dataclass(frozen=True)
@@ -251,10 +253,41 @@ def step_of(K: int, steps: Sequence[int]) -> int:
     return next((s for s in steps if cdiv(K, s) * s <= 1.1 * K), steps[-1])
 
 
-def tile_step(weight: StoredWeight, dtype: torch.dtype) -> int:
-    """Values of k a step of a tile's loop."""
-    steps = [step for step in ((64, 32) if dtype.itemsize == 2 else (32,)) if weight.whole_groups(step)]
-    return next((step for step in steps if weight.paired(dtype, step)), steps[0])
+@dataclass(frozen=True)
+class TileShape:
+    """BN rows of a weight a tile, BK values of k a step of its loop, and how it runs."""
+
+    BN: int
+    BK: int
+    num_warps: int
+    num_stages: int
+
+
+def tile_shape(weight: StoredWeight, dtype: torch.dtype, BM: int, parts: int = 1) -> TileShape:
+    """For tiles of BM inputs; ``parts`` is 2 where a tile has BN rows of gate and BN of up.
+
+    By sweeps on one H100 over the shapes of Qwen3-30B-A3B, gpt-oss-20b, DeepSeek-V2-Lite and DeepSeek-V3. Weights that
+    are unpacked wait for their products once a step: programs of four warps, two to four a multiprocessor, fill the
+    gap. Few inputs leave the time to memory, which longer steps keep busier.
+    """
+    few = BM <= 32
+    if weight.fmt == "model":
+        BK = 64 if dtype.itemsize == 2 else 32
+        BN, warps, stages = (64, 4, 4) if few else (128, 8, 4 if parts == 2 and BM == 128 else 3)
+    else:
+        BK = tile_step(weight, dtype, few)
+        BN, warps, stages = 64 if few or parts == 2 else 128, 4, 4 if few and BK < 128 else 3
+    value = dtype.itemsize if weight.fmt == "model" else 0.5 if weight.nibbles else 1
+    room = shared_memory(weight.data.device) / (BK * (BM * dtype.itemsize + parts * BN * value))
+    return TileShape(BN, BK, warps, max(1, min(stages, int(room))))
+
+
+def tile_step(weight: StoredWeight, dtype: torch.dtype, long: bool = False) -> int:
+    """Values of k a step of a tile's loop that unpacks its weight, by preference 64 or, ``long``, 128."""
+    sizes = [size for size in (128, 64, 32) if weight.whole_groups(size) and (size == 32 or dtype.itemsize == 2)]
+    sizes = [size for size in sizes if long or size < 128] or sizes
+    paired = [size for size in sizes if weight.paired(dtype, size)]
+    return (paired or [size for size in sizes if size < 128 or weight.fmt == "fp8"] or sizes)[0]
 
 
 def integer_step(weight: StoredWeight, K: int) -> tuple[int, int]:
