@@ -21,6 +21,7 @@
 
 #include "dispatch.h"
 #include "pool.h"
+#include "settings.h"
 
 namespace ktfx {
 namespace {
@@ -32,27 +33,6 @@ constexpr int64_t kFusedTokens = 32; // up to here the down step sums in place
 constexpr int kInputBlock = 512;     // inputs whose weights stay in the nearest cache while many rows pass over them
 constexpr int kPanelFloats = 256 * kTile + 2 * kTile * kInputBlock / 32;  // a panel and its scales
 constexpr int64_t kArenaBytes = 512ll << 20;
-
-std::atomic<int>& amx_rows() {
-  static std::atomic<int> rows{[] {
-    const char* text = getenv("KTFX_CPU_AMX_ROWS");
-    return text && atoi(text) > 0 ? atoi(text) : 8;
-  }()};
-  return rows;
-}
-
-std::atomic<int>& ahead_setting() {
-  static std::atomic<int> bytes{[] {
-    const char* text = getenv("KTFX_CPU_AHEAD");
-    return text && atoi(text) > 0 ? atoi(text) : 0;
-  }()};
-  return bytes;
-}
-// Integer weights need fewer bytes for the same inputs, and more instructions for the same bytes.
-int ahead_bytes(int format) {
-  const int set = ahead_setting().load(std::memory_order_relaxed);
-  return set ? set : format >= KTFX_FMT_INT8 ? 2 * kAhead : kAhead;
-}
 
 // Where the time of calls goes, for measurements: ktfx_profile.
 struct Profile {
@@ -171,7 +151,7 @@ void choose_panels(Run& r) {
 
 bool takes_amx(const Run& r, int64_t rows) {
   const int f = r.layer->up.format;
-  return r.kernels->amx && r.call->x_dtype == KTFX_BF16 && rows >= amx_rows() && f != KTFX_FMT_F32 && f != KTFX_FMT_F16;
+  return r.kernels->amx && r.call->x_dtype == KTFX_BF16 && rows >= amx_rows(f) && f != KTFX_FMT_F32 && f != KTFX_FMT_F16;
 }
 
 // ahead: null where the kernel fetches its own weights.
@@ -187,7 +167,7 @@ void multiply_rows(const Run& r, const ktfx_matrix& m, const PanelKind& kind, co
                    const uint8_t* next, const Ahead* ahead, const RowBlock& b, const Rows& in, int k, int end, float* c) {
   const KernelTable& kt = *r.kernels;
   if (!panel) {
-    const TileArgs a{tile, &m, in.q, in.dx, in.sx, c, k, end, kind.block, k == 0, next, ahead_bytes(m.format),
+    const TileArgs a{tile, &m, in.q, in.dx, in.sx, c, k, end, kind.block, k == 0, next, ahead_bytes(kt, m.format),
                      ahead ? *ahead : Ahead{}};
     tile_kernel(r, m, kind.panel, b.rows, ahead)(&a);
   } else if (kind.panel == kPanelF32) {
@@ -761,8 +741,8 @@ void ktfx_wake(void) {
   }
 }
 
-int32_t ktfx_amx_rows(void) { return ktfx::amx_rows(); }
-void ktfx_set_amx_rows(int32_t rows) { ktfx::amx_rows() = rows > 0 ? rows : 8; }
+int32_t ktfx_amx_rows(void) { return ktfx::amx_setting().value; }
+void ktfx_set_amx_rows(int32_t rows) { ktfx::amx_setting().value = rows > 0 ? rows : 0; }
 void ktfx_profile(int32_t on, double* sums) {
   std::shared_ptr<ktfx::Pool> p = ktfx::pool();
   std::lock_guard<std::mutex> hold(p->busy);
@@ -772,8 +752,8 @@ void ktfx_profile(int32_t on, double* sums) {
   all.on = on != 0;
 }
 
-int32_t ktfx_ahead(void) { return ktfx::ahead_setting(); }
-void ktfx_set_ahead(int32_t bytes) { ktfx::ahead_setting() = bytes > 0 ? bytes : 0; }
+int32_t ktfx_ahead(void) { return ktfx::ahead_setting().value; }
+void ktfx_set_ahead(int32_t bytes) { ktfx::ahead_setting().value = bytes > 0 ? bytes : 0; }
 int32_t ktfx_threads(void) { return ktfx::pool()->threads(); }
 int32_t ktfx_shares(void) { return ktfx::pool()->shares(); }
 

@@ -78,7 +78,7 @@ int32_t ktfx_abi(void);
 const char* ktfx_isa(void);              // the path in force
 const char* ktfx_isas(void);             // comma-separated, those this machine can run
 int32_t ktfx_set_isa(const char* name);  // 0, or KTFX_BAD_ARGUMENT where this machine cannot run it
-int32_t ktfx_amx_rows(void);             // rows of one expert from which AMX takes it (KTFX_CPU_AMX_ROWS)
+int32_t ktfx_amx_rows(void);             // rows of one expert from which AMX takes it (KTFX_CPU_AMX_ROWS); 0: by format
 void ktfx_set_amx_rows(int32_t rows);    // for measurements; 0 is the default
 int32_t ktfx_ahead(void);                // bytes of weights fetched before they are read (KTFX_CPU_AHEAD); 0: by format
 void ktfx_set_ahead(int32_t bytes);      // for measurements

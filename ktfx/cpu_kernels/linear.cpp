@@ -15,6 +15,7 @@
 #include "dispatch.h"
 #include "ktfx_linear.h"
 #include "pool.h"
+#include "settings.h"
 
 namespace ktfx {
 namespace {
@@ -182,8 +183,8 @@ void multiply_rows(const Run& r, const uint8_t* tile, const float* panel, const 
                    int end, float* c) {
   const KernelTable& kt = *r.kernels;
   if (!panel) {
-    const TileArgs a{tile, r.m, b.q, b.dx, b.sx, c, k, end, r.block, k == 0, tile + r.m->tile_bytes, 0,
-                     ahead ? *ahead : Ahead{}};
+    const TileArgs a{tile, r.m, b.q, b.dx, b.sx, c, k, end, r.block, k == 0, tile + r.m->tile_bytes,
+                     ahead_bytes(kt, r.m->format), ahead ? *ahead : Ahead{}};
     tile_kernel(r, b.rows, ahead)(&a);
   } else if (r.panel == kPanelF32) {
     const float* x = (const float*)b.q + (int64_t)k * b.rows;  // the panel begins at input 0
@@ -291,7 +292,7 @@ int32_t run_linear(ktfx_linear_call* call) {
   r.pool = p.get();
   choose_panel(r);
   const int f = r.m->format, shares = p->shares();
-  r.amx = r.kernels->amx && call->x_dtype == KTFX_BF16 && call->rows >= ktfx_amx_rows() && f != KTFX_FMT_F32 &&
+  r.amx = r.kernels->amx && call->x_dtype == KTFX_BF16 && call->rows >= amx_rows(f) && f != KTFX_FMT_F32 &&
           f != KTFX_FMT_F16;
   r.task_tiles = std::max(1, std::min(kTaskTiles, r.m->tiles / (8 * p->threads())));
   if (r.amx && r.task_tiles > 1) r.task_tiles &= ~1;  // it takes tiles in pairs

@@ -1,0 +1,41 @@
+// Numbers that depend on the machine and the format, and that the environment or a call may set instead.
+#pragma once
+#include <atomic>
+#include <cstdlib>
+
+#include "kernel_table.h"
+
+namespace ktfx {
+struct Setting {
+  std::atomic<int> value;  // 0: what suits the machine and the format
+  explicit Setting(const char* variable) {
+    const char* text = getenv(variable);
+    value = text && atoi(text) > 0 ? atoi(text) : 0;
+  }
+};
+inline Setting& amx_setting() {
+  static Setting rows{"KTFX_CPU_AMX_ROWS"};
+  return rows;
+}
+inline Setting& ahead_setting() {
+  static Setting bytes{"KTFX_CPU_AHEAD"};
+  return bytes;
+}
+
+// Rows of an expert from which AMX takes it. bf16 lies as AMX takes it; integers have to be unpacked first, which a
+// product of integers saves. By sweeps on 16 AMX cores over 2 to 16 rows an expert.
+inline int amx_rows(int format) {
+  const int set = amx_setting().value.load(std::memory_order_relaxed);
+  if (set) return set;
+  return format == KTFX_FMT_BF16 ? 4 : format >= KTFX_FMT_INT4 ? 16 : 8;
+}
+
+// Bytes of weights fetched before they are read. Cores with AMX wait longer for memory that many of them share: a tenth
+// (1 token) to a quarter (16 tokens in int4) less time with 4 KiB than with the kernels' own distance, which is best on
+// AVX2. There, integer weights need fewer bytes for the same inputs, and more instructions for the same bytes.
+inline int ahead_bytes(const KernelTable& kernels, int format) {
+  const int set = ahead_setting().value.load(std::memory_order_relaxed);
+  if (set) return set;
+  return kernels.amx ? 4 * kAhead : format >= KTFX_FMT_INT8 ? 2 * kAhead : kAhead;
+}
+}  // namespace ktfx
