@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from ktfx.triton_kernels.launch import cdiv, on_its_device, pow2
 
-CHUNK = 256  # pairs a program ranks; the ranks inside a chunk cost CHUNK² comparisons
+CHUNK = 256  # pairs a program ranks at most; the ranks inside a chunk cost CHUNK² comparisons
 
 
 @triton.jit
@@ -36,9 +36,8 @@ def _place_kernel(
     ids = tl.load(ids_ptr + s, mask=s < S, other=-1).to(tl.int32)
     ids = tl.where(ids < E, ids, -1)
     e = tl.arange(0, EP)
-    chosen = ids[:, None] == e[None, :]
     if ONE_CHUNK:
-        total = tl.sum(chosen.to(tl.int32), 0)
+        total = tl.sum((ids[:, None] == e[None, :]).to(tl.int32), 0)
         before = tl.zeros((EP,), tl.int32)
     else:
         total = tl.zeros((EP,), tl.int32)
@@ -51,25 +50,20 @@ def _place_kernel(
         total = tl.where(e < E, total, 0)
     first_pair = tl.cumsum(total, 0) - total
     tiles_of = (total + BM - 1) // BM
-    tile_end = tl.cumsum(tiles_of, 0)
-    tile_start = tile_end - tiles_of
+    tile_start = tl.cumsum(tiles_of, 0) - tiles_of
 
     rank = tl.sum(((ids[:, None] == ids[None, :]) & (at[None, :] < at[:, None])).to(tl.int32), 1)
-    base = tl.sum(tl.where(chosen, (first_pair + before)[None, :], 0), 1)
+    base = tl.gather(first_pair + before, tl.maximum(ids, 0), 0)
     tl.store(order_ptr + base + rank, s, mask=(s < S) & (ids >= 0))
 
-    for first in range(chunk * 64, max_tiles, chunks * 64):
-        tile = first + tl.arange(0, 64)
-        expert = tl.sum((tile_end[None, :] <= tile[:, None]).to(tl.int32), 1)
-        here = expert[:, None] == e[None, :]
-        skip = (tile - tl.sum(tl.where(here, tile_start[None, :], 0), 1)) * BM
-        left = tl.sum(tl.where(here, total[None, :], 0), 1) - skip
-        start = tl.sum(tl.where(here, first_pair[None, :], 0), 1) + skip
-        count = tl.where(expert < EP, tl.minimum(left, BM), 0)
-        out = tiles_ptr + tile * 3
-        tl.store(out, expert, mask=tile < max_tiles)
-        tl.store(out + 1, start, mask=tile < max_tiles)
-        tl.store(out + 2, count, mask=tile < max_tiles)
+    # Each expert's nth tile, n by n, divided among the programs; then the tiles that no expert needs.
+    for n in range(chunk, tl.max(tiles_of, 0), chunks):
+        out, skip = tiles_ptr + (tile_start + n) * 3, n * BM
+        tl.store(out, e, mask=n < tiles_of)
+        tl.store(out + 1, first_pair + skip, mask=n < tiles_of)
+        tl.store(out + 2, tl.minimum(total - skip, BM), mask=n < tiles_of)
+    for first in range(tl.sum(tiles_of, 0) + chunk * CHUNK, max_tiles, chunks * CHUNK):
+        tl.store(tiles_ptr + (first + at) * 3 + 2, 0, mask=first + at < max_tiles)
 
 
 @dataclass(frozen=True)
@@ -90,15 +84,16 @@ def max_tiles(pairs: int, num_experts: int, block: int) -> int:
 def group_pairs(ids_TK: torch.Tensor, num_experts: int, block: int) -> PairTiles:
     """ids_TK: contiguous int32 or int64 (T, K) with at least one element; block: pairs a tile, a power of two."""
     S, device = ids_TK.numel(), ids_TK.device
-    EP, chunks = pow2(num_experts), cdiv(S, CHUNK)
+    EP, chunk = pow2(num_experts), max(16, min(CHUNK, pow2(S)))
+    chunks = cdiv(S, chunk)
     bound = max_tiles(S, num_experts, block)
     order = torch.empty(S, dtype=torch.int32, device=device)
     tiles = torch.empty(bound, 3, dtype=torch.int32, device=device)
     hist = torch.empty(chunks if chunks > 1 else 0, EP, dtype=torch.int32, device=device)
     if chunks > 1:
-        _count_kernel[(chunks,)](ids_TK, hist, S, EP=EP, CHUNK=CHUNK, num_warps=8)
+        _count_kernel[(chunks,)](ids_TK, hist, S, EP=EP, CHUNK=chunk, num_warps=8)
     _place_kernel[(chunks,)](
         ids_TK, hist, order, tiles, S, num_experts, chunks, bound,
-        EP=EP, BM=block, CHUNK=CHUNK, ONE_CHUNK=chunks == 1, ROWS=max(1, 8192 // EP), num_warps=8,
+        EP=EP, BM=block, CHUNK=chunk, ONE_CHUNK=chunks == 1, ROWS=max(1, 8192 // EP), num_warps=8,
     )  # fmt: skip
     return PairTiles(order, tiles, bound)
