@@ -3,8 +3,9 @@
     python3 setup.py build_ext --inplace
     python3 tests/benchmarks/cpu_experts_table.py [--quick] [--shapes qwen3,v2lite,v3,mixtral] [--json FILE]
 
-Contenders take turns call by call in one run; figures are medians. A turn begins with a pause and a call that is not
-timed, where calls are short: threads of the one before may still spin, and its own sleep. Layers are rotated and every
+Contenders take turns call by call in one run; figures are medians. A turn begins with a pause and calls that are not
+timed, where calls are short: threads of the one before may still spin, its own sleep, and clocks are down. So is the
+reading that shares are counted by. Layers are rotated and every
 call chooses other experts, so that weights come from memory. Other projects' kernels: see cpu_contenders.py. ``share``
 is the bytes of the chosen experts, scales included, over the time and over the read bandwidth measured between the same
 calls; ``of peak`` is over the multiply-add rate measured so. ``--one-core`` runs all on one thread and counts CPU time,
@@ -63,7 +64,8 @@ def now(own_threads: bool = False) -> float:
     return time.clock_gettime(time.CLOCK_PROCESS_CPUTIME_ID if counted else CLOCK)
 
 
-SHORT_CALL = 0.1  # seconds: calls below are preceded by a pause and one that is not timed
+SHORT_CALL = 0.1  # seconds: calls below are preceded by a pause and by calls that are not timed
+WARM = 0.03  # seconds of such calls: after a pause cores and memory take some time to their full clock
 READ_PIECE = 128 << 20  # bytes
 PAUSE = 0.006  # seconds: as long as idle OpenMP threads spin
 MOST_BATCHED = 16  # tokens: batched_mm copies the weights of every choice
@@ -349,8 +351,11 @@ def measure(
         which, layer = rounds % len(sets), rounds % layers
         time.sleep(PAUSE)
         pieces = sink.split(READ_PIECE)[: max(1, sink.numel() // READ_PIECE)]
-        lib.ktfx_measure_read(pieces[rounds % len(pieces)].data_ptr(), pieces[0].numel() // 8)
-        piece = pieces[(rounds + 1) % len(pieces)]  # not what the last round read: it may lie in a large cache
+        warm, at = time.monotonic() + WARM, rounds * 3
+        while time.monotonic() < warm:
+            at += 1
+            lib.ktfx_measure_read(pieces[at % len(pieces)].data_ptr(), pieces[0].numel())
+        piece = pieces[(at + 1) % len(pieces)]  # not what was read last: it may lie in a large cache
         start = now()
         lib.ktfx_measure_read(piece.data_ptr(), piece.numel())
         local.read.append(piece.numel() / (now() - start))
@@ -362,7 +367,10 @@ def measure(
                 continue
             if contender.name in short:
                 time.sleep(PAUSE)
-                contender.call(*sets[which - 1], layer)
+                warm, i = time.monotonic() + WARM, 0
+                while i == 0 or time.monotonic() < warm:
+                    i += 1
+                    contender.call(*sets[(which + 1 + i % 6) % 7], (layer + i) % layers)
             start = now(contender.own_threads)
             contender.call(*sets[which], layer)
             times[contender.name].append(now(contender.own_threads) - start)
