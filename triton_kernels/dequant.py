@@ -134,9 +134,9 @@ def settled(acc):
     """acc (float32) once every product in flight has been added to it: for left operands that are made in registers.
 
     Hopper's tensor cores read those registers while the program goes on. A sum that only the loop's next step uses lets
-    Triton before 3.7 begin that step's unpacking in the same registers (triton-lang/triton issue 9433; tiles of 256
-    rows gave wrong numbers on an H100), and where ptxas sees the danger it waits after each of a step's products. A sum
-    that the step itself uses is waited for once, after all of them.
+    Triton 3.6 begin that step's unpacking in the same registers (triton-lang/triton issue 9433; tiles of 256 rows gave
+    wrong numbers on an H100), and where ptxas sees the danger it waits after each of a step's products. A sum that the
+    step itself uses is waited for once, after all of them.
     """
     if not INTERPRETED:
         acc = tl.inline_asm_elementwise("", "=f,0", [acc], dtype=tl.float32, is_pure=True, pack=1)
