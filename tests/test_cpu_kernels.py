@@ -496,6 +496,27 @@ def test_how_far_ahead_weights_are_fetched_changes_nothing(weights):
     assert native.lib().ktfx_ahead() == 0
 
 
+@pytest.mark.parametrize("weights", ["model", "fp8", "int8", "int4", "int4zp", "mxfp4"])
+def test_amx_may_take_an_expert_from_any_number_of_rows(weights):
+    """Which default suits a format is a matter of speed; bf16's h tells that AMX ran."""
+    native.set_isa("amx-emulated")
+    spec, setting = ExpertsSpec(3, 190, 70, weights=weights), native.lib().ktfx_set_amx_rows
+    packed = native.pack(spec, model_tensors(spec, torch.bfloat16))
+    results = {}
+    for tokens in (1, 5, 20):
+        x, ids, routing = inputs(spec, torch.bfloat16, tokens, 2)
+        want = reference_experts(spec.canonical(), x.float(), ids, routing, native.dequantised(spec, packed))
+        try:
+            for rows in (1, 4, 1000):
+                setting(rows)
+                got = results[tokens, rows] = native.forward(spec, x, ids, routing, packed)
+                assert relative_error(got, want) < TOLERANCE[torch.bfloat16]
+        finally:
+            setting(0)
+    assert native.lib().ktfx_amx_rows() == 0
+    assert not torch.equal(results[20, 1], results[20, 1000]), "AMX was not used"
+
+
 def test_packed_weights_are_freed_with_their_last_owner():
     spec = ExpertsSpec(2, 32, 32)
     packed = native.pack(spec, {"gate_up": torch.randn(2, 64, 32), "down": torch.randn(2, 32, 32)})
