@@ -137,10 +137,7 @@ CASES: dict[str, tuple[Callable[[], None], set[str]]] = {
         w: (partial(quantised, w), {"_rows_kernel", "_pairs_up_kernel", "_pairs_down_kernel"})
         for w in ("model", "int4", "int4zp", "int8", "mxfp4", "fp8")
     },
-    **{
-        f"every tile {w}": (partial(tiles, w, (16, 48)), TILES)
-        for w in ("model", "int4", "int4zp-g32", "int8", "mxfp4", "fp8")
-    },
+    **{f"every tile {w}": (partial(tiles, w, (16, 48)), TILES) for w in FORMATS},
 }
 SLOW = {case: pytest.mark.slow for case in CASES if case.startswith("every tile")}
 
@@ -153,9 +150,7 @@ def test_compiles(case: str, compiled: list[tuple[str, Any]]) -> None:
     assert kernels <= {name for name, _ in compiled}
 
 
-@pytest.mark.parametrize(
-    "weights", ["int4", *(pytest.param(w, marks=pytest.mark.slow) for w in ("int8", "mxfp4", "fp8"))]
-)
+@pytest.mark.parametrize("weights", ["int4", *(pytest.param(w, marks=pytest.mark.slow) for w in FORMATS[2:])])
 def test_products_of_unpacked_weights(weights: str, compiled: list[tuple[str, Any]]) -> None:
     """Nothing writes registers that tensor cores still read, and a step of the loop waits for its products once."""
     load_ops()

@@ -94,3 +94,25 @@ def test_own_choice_of_configuration(weights: str, M: int) -> None:
     x = normal(M, 2048, seed=1, dtype=torch.bfloat16)
     exact = x.double() @ kernel.dequantised(spec, packed).bfloat16().double().t()
     assert_close(kernel.forward(spec, x, packed, None), exact, torch.bfloat16)
+
+
+@pytest.mark.parametrize("weights", ["model", "int4", "int8", "fp8"])
+@pytest.mark.parametrize("parts", [1, 2])
+def test_tiles_keep_fewer_steps_ahead_where_shared_memory_is_small(weights, parts, monkeypatch):
+    """A step takes BK values of BM inputs and of parts · BN stored rows; Hopper has 227 KiB a program, others 99."""
+    from ktfx.triton_kernels import matmul
+
+    from ktfx.formats import quantize
+
+    w = quantize(torch.ones(256, 256, dtype=torch.bfloat16), weights)
+    weight = matmul.stored_weight(weights, w.tensors())
+    bits = {"model": 16, "int4": 4}.get(weights, 8)
+    for BM in (16, 128):
+        stages = []
+        for limit in (232_448, 101_376, 40_000):
+            monkeypatch.setattr(matmul, "shared_memory", lambda device, limit=limit: limit)
+            shape = matmul.tile_shape(weight, torch.bfloat16, BM, parts)
+            step = shape.BK * (2 * BM + parts * shape.BN * bits / 8)
+            assert shape.num_stages == 1 or shape.num_stages * step <= limit
+            stages.append(shape.num_stages)
+        assert stages == sorted(stages, reverse=True) and stages[0] >= 3

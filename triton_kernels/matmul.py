@@ -267,17 +267,19 @@ def tile_shape(weight: StoredWeight, dtype: torch.dtype, BM: int, parts: int = 1
     """For tiles of BM inputs; ``parts`` is 2 where a tile has BN rows of gate and BN of up.
 
     By sweeps on one H100 over the shapes of Qwen3-30B-A3B, gpt-oss-20b, DeepSeek-V2-Lite and DeepSeek-V3. Weights that
-    are unpacked wait for their products once a step: programs of four warps, two to four a multiprocessor, fill the
-    gap. Few inputs leave the time to memory, which longer steps keep busier.
+    are unpacked for tensor cores wait for their products once a step: programs of four warps, two to four a
+    multiprocessor, fill the gap. Few inputs leave the time to memory, which longer steps keep busier. float32 goes
+    without tensor cores, by small products of many warps.
     """
-    few = BM <= 32
-    if weight.fmt == "model":
-        BK = 64 if dtype.itemsize == 2 else 32
-        BN, warps, stages = (64, 4, 4) if few else (128, 8, 4 if parts == 2 and BM == 128 else 3)
+    few, plain, half = BM <= 32, weight.fmt == "model", dtype.itemsize == 2
+    BK = (64 if half else 32) if plain else tile_step(weight, dtype, few)
+    if few:
+        BN, warps, stages = 64, 4, 3 if BK == 128 else 4
+    elif plain or not half:
+        BN, warps, stages = 128, 8, 4 if half and parts == 2 and BM == 128 else 3
     else:
-        BK = tile_step(weight, dtype, few)
-        BN, warps, stages = 64 if few or parts == 2 else 128, 4, 4 if few and BK < 128 else 3
-    value = dtype.itemsize if weight.fmt == "model" else 0.5 if weight.nibbles else 1
+        BN, warps, stages = 64 if parts == 2 else 128, 4, 3
+    value = dtype.itemsize if plain else 0.5 if weight.nibbles else 1
     room = shared_memory(weight.data.device) / (BK * (BM * dtype.itemsize + parts * BN * value))
     return TileShape(BN, BK, warps, max(1, min(stages, int(room))))
 

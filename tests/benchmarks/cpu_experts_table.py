@@ -5,11 +5,10 @@
 
 Contenders take turns call by call in one run; figures are medians. A turn begins with a pause and calls that are not
 timed, where calls are short: threads of the one before may still spin, its own sleep, and clocks are down. So is the
-reading that shares are counted by. Layers are rotated and every
-call chooses other experts, so that weights come from memory. Other projects' kernels: see cpu_contenders.py. ``share``
-is the bytes of the chosen experts, scales included, over the time and over the read bandwidth measured between the same
-calls; ``of peak`` is over the multiply-add rate measured so. ``--one-core`` runs all on one thread and counts CPU time,
-for a machine that others use too.
+reading that shares are counted by. Layers are rotated and every call chooses other experts, so that weights come from
+memory. Other projects' kernels: see cpu_contenders.py. ``share`` is the bytes of the chosen experts, scales included,
+over the time and over the read bandwidth measured between the same calls; ``of peak`` is over the multiply-add rate
+measured so. ``--one-core`` runs all on one thread and counts CPU time, for a machine that others use too.
 ``error`` is relative to the float32 reference over the unquantised weights, so it holds the format's own rounding.
 """
 
