@@ -172,7 +172,9 @@ def check_sixty(rules: str, placed: dict[int, tuple[str, str]], int4: bool, tmp_
 
 
 def stream(graph: GraphReport) -> list[set[str]]:
-    return [devices_of(graph, "", layer) for layer in range(60)]
+    """Where each layer's sums ran: in the layer or, with all layers on one device, in the norms that took them."""
+    norm = "post_attention_layernorm"
+    return [devices_of(graph, "", layer) or devices_of(graph, norm, layer) for layer in range(60)]
 
 
 SPLIT_STREAM = [{"cuda:0"}] * 30 + [{"cuda:1"}] * 30
