@@ -305,10 +305,14 @@ def weight_of(spec: ExpertsSpec, packed: Sequence[torch.Tensor], which: int) -> 
     return stored_weight(spec.weights, packed[which * many : (which + 1) * many])
 
 
+def up_parts(spec: ExpertsSpec) -> int:
+    """Weight rows that one value of I stands for: of gate and of up, or of up alone."""
+    return 1 if spec.gate == "none" else 2
+
+
 def tiles_choice(spec: ExpertsSpec, packed: Sequence[torch.Tensor], rows: float, dtype: torch.dtype) -> TilesPair:
-    parts = 1 if spec.gate == "none" else 2
     up, down = weight_of(spec, packed, 0), weight_of(spec, packed, 1)
-    return tiles_config(up, rows, dtype, parts), tiles_config(down, rows, dtype, 1)
+    return tiles_config(up, rows, dtype, up_parts(spec)), tiles_config(down, rows, dtype, 1)
 
 
 def default_configs(
@@ -322,9 +326,8 @@ def default_configs(
 ) -> PairsPair | TilesPair:
     """What a call with T tokens runs with; E: the experts to reckon with, if not those of ``spec``."""
     if pairs:
-        leading = 1 if spec.gate == "none" else 2
         up, down = weight_of(spec, packed, 0), weight_of(spec, packed, 1)
-        return pairs_config(up, spec.hidden, leading), pairs_config(down, spec.intermediate, K)
+        return pairs_config(up, spec.hidden, up_parts(spec)), pairs_config(down, spec.intermediate, K)
     return tiles_choice(spec, packed, T * K / min(T * K, E or spec.num_experts), dtype)
 
 
@@ -418,7 +421,7 @@ def _run_pairs(
     down: StoredWeight, biases: Sequence[torch.Tensor], out: torch.Tensor, first: PairsConfig, second: PairsConfig,
 ) -> None:  # fmt: skip
     (T, H), K, inter, E = x.shape, ids.shape[1], spec.intermediate, spec.num_experts
-    L = 1 if spec.gate == "none" else 2
+    L = up_parts(spec)
     h = torch.empty(T * K, inter, dtype=x.dtype, device=x.device)
     xs = row_inputs(x, up)
     _pairs_up_kernel[(cdiv(inter, first.R), T * K)](
@@ -443,7 +446,7 @@ def _run_tiles(
     down: StoredWeight, biases: Sequence[torch.Tensor], out: torch.Tensor, first: TilesConfig, second: TilesConfig,
 ) -> None:  # fmt: skip
     (T, H), K, inter, E = x.shape, ids.shape[1], spec.intermediate, spec.num_experts
-    L = 1 if spec.gate == "none" else 2
+    L = up_parts(spec)
     S = T * K
     if second.BM != first.BM:
         second = replace(second, BM=first.BM)  # both walk the same tiles

@@ -286,10 +286,12 @@ def tile_shape(weight: StoredWeight, dtype: torch.dtype, BM: int, parts: int = 1
 
 def tile_step(weight: StoredWeight, dtype: torch.dtype, long: bool = False) -> int:
     """Values of k a step of a tile's loop that unpacks its weight, by preference 64 or, ``long``, 128."""
-    sizes = [size for size in (128, 64, 32) if weight.whole_groups(size) and (size == 32 or dtype.itemsize == 2)]
-    sizes = [size for size in sizes if long or size < 128] or sizes
-    paired = [size for size in sizes if weight.paired(dtype, size)]
-    return (paired or [size for size in sizes if size < 128 or weight.fmt == "fp8"] or sizes)[0]
+    sizes = [64, 32] if dtype.itemsize == 2 else [32]
+    if long and dtype.itemsize == 2:
+        sizes.insert(0, 128)
+    sizes = [size for size in sizes if weight.whole_groups(size)]
+    plain = next(size for size in sizes if size < 128 or weight.fmt == "fp8")
+    return next((size for size in sizes if weight.paired(dtype, size)), plain)
 
 
 def integer_step(weight: StoredWeight, K: int) -> tuple[int, int]:

@@ -149,11 +149,6 @@ void choose_panels(Run& r) {
   if (l.up.format >= KTFX_FMT_INT4 && l.int8_activations) r.x_kind = {kPanelI8, kBlock8, 8};
 }
 
-bool takes_amx(const Run& r, int64_t rows) {
-  const int f = r.layer->up.format;
-  return r.kernels->amx && r.call->x_dtype == KTFX_BF16 && rows >= amx_rows(f) && f != KTFX_FMT_F32 && f != KTFX_FMT_F16;
-}
-
 // ahead: null where the kernel fetches its own weights.
 TileFn tile_kernel(const Run& r, const ktfx_matrix& m, Panel panel, int rows, const Ahead* ahead) {
   if (panel == kPanelF32) return (ahead && m.format <= KTFX_FMT_BF16 ? r.kernels->f32_near : r.kernels->f32)[m.format][rows];
@@ -487,7 +482,7 @@ void sort_slots(Run& r) {
   for (int e = 0; e < l.num_experts; begin = ws.offset[e], ++e) {
     const int32_t m = ws.offset[e] - begin;
     if (!m) continue;
-    const bool amx = takes_amx(r, m);
+    const bool amx = takes_amx(*r.kernels, r.call->x_dtype, l.up.format, m);
     r.any_amx |= amx;
     const int32_t chunks = (m + kChunkRows - 1) / kChunkRows;
     int32_t done = 0;

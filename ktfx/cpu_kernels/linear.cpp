@@ -291,9 +291,8 @@ int32_t run_linear(ktfx_linear_call* call) {
   r.kernels = &kernels();
   r.pool = p.get();
   choose_panel(r);
-  const int f = r.m->format, shares = p->shares();
-  r.amx = r.kernels->amx && call->x_dtype == KTFX_BF16 && call->rows >= amx_rows(f) && f != KTFX_FMT_F32 &&
-          f != KTFX_FMT_F16;
+  const int shares = p->shares();
+  r.amx = takes_amx(*r.kernels, call->x_dtype, r.m->format, call->rows);
   r.task_tiles = std::max(1, std::min(kTaskTiles, r.m->tiles / (8 * p->threads())));
   if (r.amx && r.task_tiles > 1) r.task_tiles &= ~1;  // it takes tiles in pairs
   const int64_t part = std::max<int64_t>(kChunkRows, kPartBytes / (r.m->Kp * 4ll) / kChunkRows * kChunkRows);

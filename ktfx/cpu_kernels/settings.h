@@ -29,6 +29,10 @@ inline int amx_rows(int format) {
   if (set) return set;
   return format == KTFX_FMT_BF16 ? 4 : format >= KTFX_FMT_INT4 ? 16 : 8;
 }
+inline bool takes_amx(const KernelTable& kernels, int x_dtype, int format, int64_t rows) {
+  return kernels.amx && x_dtype == KTFX_BF16 && rows >= amx_rows(format) && format != KTFX_FMT_F32 &&
+         format != KTFX_FMT_F16;
+}
 
 // Bytes of weights fetched before they are read. Cores with AMX wait longer for memory that many of them share: a tenth
 // (1 token) to a quarter (16 tokens in int4) less time with 4 KiB than with the kernels' own distance, which is best on

@@ -369,7 +369,7 @@ def measure(
                 warm, i = time.monotonic() + WARM, 0
                 while i == 0 or time.monotonic() < warm:
                     i += 1
-                    contender.call(*sets[(which + 1 + i % 6) % 7], (layer + i) % layers)
+                    contender.call(*sets[(which + 1 + i % (len(sets) - 1)) % len(sets)], (layer + i) % layers)
             start = now(contender.own_threads)
             contender.call(*sets[which], layer)
             times[contender.name].append(now(contender.own_threads) - start)
