@@ -1,14 +1,14 @@
 """Weight rows of 4 and 8 bits times one vector, in integers: ``multiply_rows`` for int4, int4zp, int8 and mxfp4.
 
 x becomes int16 with one scale per block of 32 values (exact to 2⁻¹⁶ of the block's largest, finer than bfloat16 or
-float16 hold it), stored as two planes of bytes. A word of weights is then four bytes after one mask, and one ``dp4a``
-an instruction multiplies four by four: about one instruction a weight, where unpacking to float32 takes five to seven
-and keeps a GPU from reading at full speed. Sums of a block are exact in int32 and in float32.
+float16 hold it), stored as bytes: x = 256·high + low. A word of weights is then four bytes after one mask, and one
+``dp4a`` an instruction multiplies four by four: about one instruction a weight, where unpacking to float32 takes five
+to seven and keeps a GPU from reading at full speed. Sums of a block are exact in int32 and in float32.
 
-x = 256·high + low in memory: of all blocks the first 16 high bytes, then the other 16, then the low bytes in the same
-way, so that neighbouring threads read neighbouring words. The bytes of a word meet those of a weight word as its values
-lie there (``ktfx.formats``): in order for int8 and for int4's low and high nibbles; for mxfp4, whose nibbles go through
-a table four at a time, as PAIRED says.
+The bytes lie in planes, each with one word for each word of weights, so that a thread reads both alike and nothing
+moves between threads: for int8 the high bytes and the low ones; for 4 bits, where a word holds eight weights, the high
+bytes of the four that are unpacked first, of the other four, then the low bytes in the same way. Which four come first
+is the format's (``ktfx.formats``): the low nibbles for int4, the low half of a word for mxfp4.
 """
 
 from __future__ import annotations
@@ -30,19 +30,19 @@ _LARGEST = tl.constexpr(32639.0)
 
 @dataclass(frozen=True)
 class IntegerInputs:
-    """planes: int32 (T, 4, B, 4); scales: float32 (T, 2, B), each block's scale and the sum of its integers."""
+    """planes: int32 (T, 16·B); scales: float32 (T, 2, B), each block's scale and the sum of its integers."""
 
     planes: torch.Tensor
     scales: torch.Tensor
 
     @property
     def blocks(self) -> int:
-        return self.planes.shape[2]
+        return self.scales.shape[2]
 
 
 @triton.jit
 def _quantise_kernel(
-    x_ptr, planes_ptr, scales_ptr, K, blocks, ldx, PAIRED: tl.constexpr, BLOCKS: tl.constexpr,
+    x_ptr, planes_ptr, scales_ptr, K, blocks, ldx, FMT: tl.constexpr, BLOCKS: tl.constexpr,
     DEPENDENT: tl.constexpr = False,
 ):  # fmt: skip
     wait_for_previous(DEPENDENT)
@@ -54,9 +54,11 @@ def _quantise_kernel(
     q = tl.floor(x * (1.0 / largest * _LARGEST)[:, None] + 0.5).to(tl.int32)
     high = (q + 128) >> 8
     low = q - high * 256
-    place = ((i // 2 % 2) * 4 + i // 4 % 4) * 4 + (i % 2) * 2 + i // 16 if PAIRED else i
+    # Bytes of a block that one plane holds, and the place of value i among both planes' of the block.
+    RUN: tl.constexpr = 32 if FMT == "int8" else 16
+    place = ((i // 2 % 2) * 4 + i // 4 % 4) * 4 + (i % 2) * 2 + i // 16 if FMT == "mxfp4" else i
     there = (b < blocks)[:, None] & (i >= 0)[None, :]
-    at = ((t * 4 + place[None, :] // 16) * blocks + b[:, None]) * 16 + place[None, :] % 16
+    at = t * blocks * 64 + (place // RUN)[None, :] * blocks * RUN + b[:, None] * RUN + (place % RUN)[None, :]
     tl.store(planes_ptr + at, high.to(tl.int8), mask=there)
     tl.store(planes_ptr + at + blocks * 32, low.to(tl.int8), mask=there)
     to = scales_ptr + t * 2 * blocks + b
@@ -65,14 +67,14 @@ def _quantise_kernel(
 
 
 @on_its_device
-def integer_inputs(x: torch.Tensor, paired: bool) -> IntegerInputs:
-    """x (T, K), neighbours along K, as integers. paired: for mxfp4 weights."""
+def integer_inputs(x: torch.Tensor, fmt: str) -> IntegerInputs:
+    """x (T, K), neighbours along K, as integers for weights of a format."""
     T, K = x.shape
     blocks = cdiv(K, BLOCK)
-    planes = torch.empty(T, 4, blocks, 4, dtype=torch.int32, device=x.device)
+    planes = torch.empty(T, 16 * blocks, dtype=torch.int32, device=x.device)
     scales = torch.empty(T, 2, blocks, dtype=torch.float32, device=x.device)
     _quantise_kernel[(T, cdiv(blocks, 8))](
-        x, planes.view(torch.int8), scales, K, blocks, x.stride(0), PAIRED=paired, BLOCKS=8, num_warps=1,
+        x, planes.view(torch.int8), scales, K, blocks, x.stride(0), FMT=fmt, BLOCKS=8, num_warps=1,
         **dependent(x.device),
     )  # fmt: skip
     return IntegerInputs(planes, scales)
@@ -100,34 +102,53 @@ def dp4a(w, x, acc, SIGNED: tl.constexpr):
 
 @triton.jit
 def doubled_e2m1(w):
-    """The e2m1 values of the four lowest nibbles, times two, as signed bytes.
+    """The e2m1 values of the four lowest nibbles, times two and plus 12, as bytes from 0 to 24.
 
-    ``prmt`` looks up four bytes by the low three bits of each nibble, in a table of the values and one of their
-    negatives; by all four bits of a nibble it also tells the sign (a selector's top bit repeats the byte's sign).
+    ``prmt`` looks up four bytes by the low three bits of each nibble. A nibble's top bit, the sign, asks it for the
+    sign of the byte found instead, which is 0 for all of these: so a table of the positive values, and by the other
+    signs one of the negative ones, give 0 where they are not meant.
     """
     if INTERPRETED:
         out = tl.zeros_like(w)
         for i in tl.static_range(4):
             bits = (w >> (4 * i)) & 7
             value = tl.where(bits < 4, bits, tl.where(bits == 7, 12, 2 * bits - 4))
-            out = out | ((tl.where(((w >> (4 * i)) & 8) != 0, -value, value) & 255) << (8 * i))
+            out = out | ((12 + tl.where(((w >> (4 * i)) & 8) != 0, -value, value)) << (8 * i))
     else:
         out = tl.inline_asm_elementwise(
             """
             {
-            .reg .b32 which, plus, minus, sign;
-            and.b32 which, $1, 0x7777;
-            prmt.b32 plus, 0x03020100, 0x0c080604, which;
-            prmt.b32 minus, 0xfdfeff00, 0xf4f8fafc, which;
-            prmt.b32 sign, 0x80808080, 0x80808080, $1;
-            and.b32 sign, sign, 0x01010101;
-            mul.lo.u32 sign, sign, 255;
-            lop3.b32 $0, minus, plus, sign, 0xe4;
+            .reg .b32 plus, minus;
+            xor.b32 minus, $1, 0x8888;
+            prmt.b32 plus, 0x0f0e0d0c, 0x18141210, $1;
+            prmt.b32 minus, 0x090a0b0c, 0x00040608, minus;
+            or.b32 $0, plus, minus;
             }
             """,
             "=r,r", [w], dtype=tl.int32, is_pure=True, pack=1,
         )  # fmt: skip
     return out
+
+
+@triton.jit
+def words_of_runs(t):
+    """(L, R, 4·runs) words, a run of four in one thread, to the first, second, third and fourth words, (L, R, runs)."""
+    even, odd = tl.split(t.reshape(t.shape[0], t.shape[1], t.shape[2] // 4, 2, 2))
+    first, third = tl.split(even)
+    second, fourth = tl.split(odd)
+    return first, second, third, fourth
+
+
+@triton.jit
+def bytes_of(w, PART: tl.constexpr, FMT: tl.constexpr):
+    """The four weights that part 0 or 1 of a word holds, as bytes: int8's signed, others from 0 on (``least``)."""
+    if FMT == "int8":
+        four = w
+    elif FMT == "mxfp4":
+        four = doubled_e2m1(w >> (16 * PART))
+    else:
+        four = (w >> (4 * PART)) & 0x0F0F0F0F
+    return four
 
 
 @triton.jit
@@ -140,52 +161,56 @@ def multiply_integers(
     row, srow, ok: (L, R), weight rows, scale rows and which exist; xrow: (L or 1,), rows of x times ``blocks``, the
     blocks in a row. Needs rows of whole 16-byte runs.
     """
-    NB: tl.constexpr = BK // 16 if FMT == "int8" else BK // 32
-    b, c = tl.arange(0, NB), tl.arange(0, 4)
-    run = (k0 // 4 if FMT == "int8" else k0 // 8) + b * 4
-    block = k0 // 32 + (b // 2 if FMT == "int8" else b)
-    # By whole runs, so that a thread reads its four words at once.
-    known = (run * 4 < ldw) & (block < blocks)
-    exists = ok[:, :, None] & known[None, None, :]
-    at_w = row[:, :, None, None] * (ldw // 4) + (run[:, None] + c[None, :])[None, None, :, :]
+    WORDS: tl.constexpr = BK // 4 if FMT == "int8" else BK // 8
+    RUNS: tl.constexpr = WORDS // 4
+    PARTS: tl.constexpr = 1 if FMT == "int8" else 2
+    # Threads lie along a row, each with one run. Words are asked for by whole rows and scales transposed, since a load
+    # of which Triton knows no neighbours is laid out by its first dimension: otherwise results change threads here.
+    word = (k0 // 4 if FMT == "int8" else k0 // 8) + tl.arange(0, WORDS)
     # All loads first: they are issued in this order, and only then is one waited for.
-    w = tl.load(w_ptr.to(tl.pointer_type(tl.int32)) + at_w, mask=exists[:, :, :, None], other=0)
+    w = tl.load(
+        w_ptr.to(tl.pointer_type(tl.int32)) + row[:, :, None] * (ldw // 4) + word[None, None, :],
+        mask=ok[:, :, None] & (word < ldw // 4)[None, None, :], other=0,
+    )  # fmt: skip
+    # (2b + 1) // 2 is b, and hides that scales of groups of 32 are neighbours, which one thread would load together.
+    block = k0 // 32 + (tl.arange(0, RUNS) if FMT == "int8" else tl.arange(0, RUNS) * 2 + 1) // 2
     if FMT != "int8":
-        g = srow[:, :, None] * lds + (block // (G // 32))[None, None, :]
-        scale = load_group_scale(s_ptr, g, exists, FMT)
+        g = (block // (G // 32))[:, None, None] + tl.trans(srow)[None, :, :] * lds
+        exists = (block * 16 < ldw)[:, None, None] & tl.trans(ok)[None, :, :]
+        scale = tl.permute(load_group_scale(s_ptr, g, exists, FMT), 2, 1, 0)
         if FMT == "int4zp":
-            offset = tl.load(z_ptr + g, mask=exists, other=0).to(tl.float32)
-    xblock = xrow[:, None] * 2 + block[None, :]
-    in_x = tl.zeros_like(xblock) + block[None, :] < blocks
-    x_scale = tl.load(scales_ptr + xblock, mask=in_x, other=0.0)[:, None, :]
-    x_sum = tl.load(scales_ptr + xblock + blocks, mask=in_x, other=0.0)[:, None, :]
-    there, half = in_x[:, :, None], blocks * 4
-    at = (xrow[:, None] * 4 + block[None, :])[:, :, None] * 4 + c[None, None, :]
-    zero = tl.zeros(w.shape, tl.int32)
-    if FMT == "int8":
-        at += (b % 2)[None, :, None] * half
-        x_high = tl.load(planes_ptr + at, mask=there, other=0)[:, None, :, :]
-        x_low = tl.load(planes_ptr + at + 2 * half, mask=there, other=0)[:, None, :, :]
-        high, low = dp4a(w, x_high, zero, True), dp4a(w, x_low, zero, True)
-    else:
-        x_high = tl.load(planes_ptr + at, mask=there, other=0)[:, None, :, :]
-        x_high_2 = tl.load(planes_ptr + at + half, mask=there, other=0)[:, None, :, :]
-        x_low = tl.load(planes_ptr + at + 2 * half, mask=there, other=0)[:, None, :, :]
-        x_low_2 = tl.load(planes_ptr + at + 3 * half, mask=there, other=0)[:, None, :, :]
-        SIGNED: tl.constexpr = FMT == "mxfp4"
-        if SIGNED:
-            first, second = doubled_e2m1(w), doubled_e2m1(w >> 16)
-        else:
-            first, second = w & 0x0F0F0F0F, (w >> 4) & 0x0F0F0F0F
-        high = dp4a(second, x_high_2, dp4a(first, x_high, zero, SIGNED), SIGNED)
-        low = dp4a(second, x_low_2, dp4a(first, x_low, zero, SIGNED), SIGNED)
-    dot = tl.sum(high * 256 + low, 3).to(tl.float32)
+            least = tl.permute(tl.load(z_ptr + g, mask=exists, other=0).to(tl.float32), 2, 1, 0)
+    plane = blocks * (4 * 2 // PARTS)
+    at = planes_ptr + xrow[:, None, None] * 16 + word[None, None, :]
+    there = tl.zeros_like(at.to(tl.int64)) + word[None, None, :] < plane
+    x_high = tl.load(at, mask=there, other=0)
+    x_low = tl.load(at + PARTS * plane, mask=there, other=0)
+    if PARTS == 2:
+        x_high_2 = tl.load(at + plane, mask=there, other=0)
+        x_low_2 = tl.load(at + 3 * plane, mask=there, other=0)
+    x_at = block[:, None] + xrow[None, :] * 2
+    in_x = tl.zeros_like(x_at) + block[:, None] < blocks
+    x_scale = tl.trans(tl.load(scales_ptr + x_at, mask=in_x, other=0.0))[:, None, :]
+    if PARTS == 2:
+        x_sum = tl.trans(tl.load(scales_ptr + x_at + blocks, mask=in_x, other=0.0))[:, None, :]
+    ws, highs, lows = words_of_runs(w), words_of_runs(x_high), words_of_runs(x_low)
+    high = tl.zeros(ws[0].shape, tl.int32)
+    low = tl.zeros(ws[0].shape, tl.int32)
+    for i in tl.static_range(4):
+        four = bytes_of(ws[i], 0, FMT)
+        high, low = dp4a(four, highs[i], high, FMT == "int8"), dp4a(four, lows[i], low, FMT == "int8")
+    if PARTS == 2:
+        highs, lows = words_of_runs(x_high_2), words_of_runs(x_low_2)
+        for i in tl.static_range(4):
+            four = bytes_of(ws[i], 1, FMT)
+            high, low = dp4a(four, highs[i], high, False), dp4a(four, lows[i], low, False)
+    dot = (high * 256 + low).to(tl.float32)
     if FMT == "int8":
         acc += dot * x_scale
     elif FMT == "mxfp4":
-        acc += dot * (scale * 0.5 * x_scale)
+        acc += (dot - 12.0 * x_sum) * (scale * 0.5 * x_scale)
     elif FMT == "int4zp":
-        acc += (dot - offset * x_sum) * (scale * x_scale)
+        acc += (dot - least * x_sum) * (scale * x_scale)
     else:
         acc += (dot - 8.0 * x_sum) * (scale * x_scale)
     return acc

@@ -244,7 +244,7 @@ def row_inputs(x: torch.Tensor, weight: StoredWeight) -> RowInputs:
     """x as integers where the weight is multiplied in integers, else as it is."""
     if not weight.integers(x):
         return RowInputs(x, x, x.stride(0), False)
-    integers = integer_inputs(x, paired=weight.fmt == "mxfp4")
+    integers = integer_inputs(x, weight.fmt)
     return RowInputs(integers.planes, integers.scales, integers.blocks, True)
 
 
