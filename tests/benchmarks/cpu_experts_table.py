@@ -8,7 +8,9 @@ timed, where calls are short: threads of the one before may still spin, its own 
 reading that shares are counted by. Layers are rotated and every call chooses other experts, so that weights come from
 memory. Other projects' kernels: see cpu_contenders.py. ``share`` is the bytes of the chosen experts, scales included,
 over the time and over the read bandwidth measured between the same calls; ``of peak`` is over the multiply-add rate
-measured so. ``--one-core`` runs all on one thread and counts CPU time, for a machine that others use too.
+measured so. ``--one-core`` runs all on one thread and counts CPU time, for a machine that others use too. kt-kernel's
+threads spin all the time and slow the others and the reading, so it is best timed in a process of its own
+(``--kt --no-transformers --formats ""``), its ``share`` left aside.
 ``error`` is relative to the float32 reference over the unquantised weights, so it holds the format's own rounding.
 """
 
@@ -234,71 +236,26 @@ def transformers_contenders(shape: Shape, layers: list[dict[str, torch.Tensor]])
     return out
 
 
-def kt_contenders(shape: Shape, layers: list[dict[str, torch.Tensor]]) -> list[Contender]:
-    """kt-kernel's bf16 experts, where its wheel is installed (pip install --no-deps kt-kernel, and gguf)."""
-    try:
-        from kt_kernel import kt_kernel_ext as kt
-    except ImportError as error:
-        print(f"kt-kernel is left out: {error}", flush=True)
-        return []
-    made = getattr(kt.moe, "AMXBF16_MOE", None) or getattr(kt.moe, "AVX2BF16_MOE", None)
-    if made is None:
-        print("kt-kernel is left out: its build for this machine has no bf16 experts", flush=True)
-        return []
-    workers = kt.WorkerPoolConfig()
-    workers.subpool_count = 1
-    workers.subpool_numa_map = [0]
-    workers.subpool_thread_count = [native.lib().ktfx_threads()]
-    infer = kt.CPUInfer(workers)
-    on_gpu = torch.zeros(shape.experts, dtype=torch.bool)
-    order = torch.arange(shape.experts, dtype=torch.int64)
-    kept: list[object] = [on_gpu, order]
-    moes = []
-    for number, layer in enumerate(layers):
-        config = kt.moe.MOEConfig(shape.experts, shape.chosen, shape.hidden, shape.intermediate, on_gpu.data_ptr())
-        config.layer_idx = number
-        config.pool = infer.backend_
-        config.max_len = 1024
-        gate, up = layer["gate_up"].chunk(2, dim=1)
-        config.gate_projs = [[t.data_ptr() for t in gate]]
-        config.up_projs = [[t.data_ptr() for t in up]]
-        config.down_projs = [[t.data_ptr() for t in layer["down"]]]
-        moe = made(config)
-        infer.submit(moe.load_weights_task(order.data_ptr()))
-        infer.sync()
-        moes.append(moe)
-    kept += moes
-
-    def call(x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, layer: int) -> torch.Tensor:
-        out, count = torch.empty_like(x), torch.tensor([x.shape[0]], dtype=torch.int32)
-        infer.submit(
-            moes[layer].forward_task(
-                count.data_ptr(),
-                ids.shape[1],
-                ids.data_ptr(),
-                weights.data_ptr(),
-                x.data_ptr(),
-                out.data_ptr(),
-                False,
-            )
-        )
-        infer.sync()
-        return out
-
-    size = sum(t[0].nbytes for t in layers[0].values())
-    return [Contender(f"kt-kernel {made.__name__}", call, size, note="its own threads, which spin", own_threads=True)]
-
-
 def foreign_contenders(
-    shape: Shape, layers: list[dict[str, torch.Tensor]], ggml: list[str], ggml_types: str, vllm: str
+    shape: Shape,
+    layers: list[dict[str, torch.Tensor]],
+    ggml: list[str],
+    ggml_types: str,
+    vllm: str,
+    kt: tuple[int, str] | None,
 ) -> list[Contender]:
-    """Other projects' experts, where the command line says where they are."""
+    """Other projects' experts, where the command line names them. kt: kt-kernel's threads (0: like ktfx), types."""
     found = []
     sizes = (shape.hidden, shape.intermediate, shape.experts, shape.chosen)
     if vllm:
         found.append(cpu_contenders.vllm_experts(vllm, layers))
     for where in ggml:
         found += cpu_contenders.ggml_experts(where, sizes, layers, native.lib().ktfx_threads(), ggml_types)
+    if kt:
+        try:
+            found += cpu_contenders.kt_experts(sizes, layers, kt[0] or native.lib().ktfx_threads(), kt[1])
+        except ImportError as error:
+            print(f"kt-kernel is left out: {error}", flush=True)
     return [Contender(f.name, f.forward, f.bytes, own_threads=True) for f in found]
 
 
@@ -550,10 +507,12 @@ def main() -> int:
     parser.add_argument("--quick", action="store_true", help="one shape, little time a line (about two minutes)")
     parser.add_argument("--shapes", default="", help="comma-separated: " + ", ".join(SHAPES))
     parser.add_argument("--tokens", default="", help="comma-separated, default 1,4,16,128,1024")
-    parser.add_argument("--formats", default=",".join(FORMATS))
+    parser.add_argument("--formats", default=",".join(FORMATS), help='ktfx\'s; "" leaves ktfx out')
     parser.add_argument("--seconds", type=float, default=0.0, help="time for one number of tokens")
     parser.add_argument("--no-transformers", action="store_true")
     parser.add_argument("--kt", action="store_true", help="kt-kernel too, where its wheel is installed")
+    parser.add_argument("--kt-threads", type=int, default=0, help="its threads, where not as many as ktfx's")
+    parser.add_argument("--kt-types", default="", help="colon-separated, such as bf16:int8; default all")
     parser.add_argument("--ggml", action="append", default=[], metavar="INCLUDE,LIBRARIES[,NAME]")
     parser.add_argument("--ggml-types", default="", help="colon-separated, such as bf16:q4_0; default all")
     parser.add_argument("--vllm", default="", metavar="FILE", help="the extension of vLLM's CPU wheel")
@@ -579,7 +538,7 @@ def main() -> int:
     print(f"torch bf16 matmul: {matmul / 1e9:.0f} GFLOP/s ({torch.get_num_threads()} threads)", flush=True)
     names = args.shapes.split(",") if args.shapes else ["qwen3"] if args.quick else list(SHAPES)
     counts = [int(t) for t in args.tokens.split(",")] if args.tokens else [1, 4, 16, 128, 1024]
-    formats = args.formats.split(",")
+    formats = [f for f in args.formats.split(",") if f]
     seconds = args.seconds or (4.0 if args.quick else 15.0)
     rows: list[Row] = []
     limits = Limits()
@@ -590,11 +549,10 @@ def main() -> int:
         contenders = native_contenders(shape, layers, formats)
         if not args.no_transformers:
             contenders += [*transformers_contenders(shape, layers), aten_contender(shape, layers)]
-        contenders += foreign_contenders(shape, layers, args.ggml, args.ggml_types, args.vllm)
+        kt = (args.kt_threads, args.kt_types) if args.kt else None
+        contenders += foreign_contenders(shape, layers, args.ggml, args.ggml_types, args.vllm, kt)
         if args.no_batched:
             contenders = [c for c in contenders if "batched" not in c.name and "without" not in c.name]
-        if args.kt:
-            contenders += kt_contenders(shape, layers)
         x, ids, weights = inputs(shape, 2, 3)
         used, renumbered = ids.unique(return_inverse=True)
         wide = {k: t[used].float() for k, t in layers[0].items()}
