@@ -9,7 +9,10 @@ The rules kept here, by every kernel that is launched with ``dependent(device)``
 
 * nothing that an earlier kernel may have written is read, and nothing is written, before ``wait_for_previous``;
 * every program calls it, so that the end of a kernel implies the end of all kernels before it;
-* what ``prefetch_rows`` touches before that is parameters alone.
+* what is read or prefetched before that is parameters, or was written by a kernel that has surely ended: the kernel
+  before begins its dependents only after its own wait, so whatever came before *it* has ended;
+* a kernel may call ``let_next_begin`` before its wait if the next one reads, before *its* wait, parameters and what the
+  kernel before this one waited for (``_pairs_down_kernel`` behind the inputs' integers: the choice of experts).
 
 ``KTFX_DEPENDENT_LAUNCH=0`` turns it off, to compare.
 """
@@ -35,6 +38,13 @@ def wait_for_previous(DEPENDENT: tl.constexpr):
     """Until the kernels before this one have ended and what they wrote can be seen; then lets the next one begin."""
     if DEPENDENT:
         gdc_wait()
+        gdc_launch_dependents()
+
+
+@triton.jit
+def let_next_begin(DEPENDENT: tl.constexpr):
+    """Lets the next kernel begin while this one still waits for the one before."""
+    if DEPENDENT:
         gdc_launch_dependents()
 
 

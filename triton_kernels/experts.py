@@ -28,7 +28,7 @@ from ktfx.triton_kernels.launch import cdiv, on_its_device, pow2
 from ktfx.triton_kernels.matmul import (
     StoredWeight,
     accumulator,
-    integer_step,
+    integer_run,
     load_inputs,
     multiply_rows,
     multiply_tile,
@@ -51,17 +51,22 @@ def _pairs_up_kernel(
     BIAS: tl.constexpr, NATIVE: tl.constexpr, R: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr,
     INTEGER: tl.constexpr, DEPENDENT: tl.constexpr = False,
 ):  # fmt: skip
-    wait_for_previous(DEPENDENT)
-    s = tl.program_id(1)
+    # Behind the inputs' integers the choice of experts was written by a kernel that has ended, and weights can be read.
+    if not INTEGER:
+        wait_for_previous(DEPENDENT)
+    s = tl.program_id(0)
     e = tl.load(ids_ptr + s).to(tl.int64)
-    i = tl.program_id(0) * R + tl.arange(0, R)
+    i = tl.program_id(1) * R + tl.arange(0, R)
     n = tl.arange(0, L)[:, None] * inter + i[None, :]
     # A tile of ids: the interpreter cannot splat a scalar mask.
     ok = (tl.zeros_like(n) + i[None, :] < inter) & (tl.zeros_like(n) + e >= 0) & (tl.zeros_like(n) + e < E)
     row, srow = e * (L * inter) + n, scale_row(e, n, L * inter, FMT)
     xrow = tl.zeros((1,), tl.int64) + s // TOPK
-    acc = accumulator(L, R, FMT, G, BK, INTEGER)
-    for k0 in tl.range(0, H, BK, num_stages=STAGES):
+    acc = multiply_rows(
+        accumulator(L, R, FMT, G, BK, INTEGER), w_ptr, s_ptr, z_ptr, row, srow, ok, x_ptr, xs_ptr, xrow, ldx, 0, H,
+        ldw, lds, FMT, G, BK, NATIVE, INTEGER, DEPENDENT and INTEGER,
+    )  # fmt: skip
+    for k0 in tl.range(BK, H, BK, num_stages=STAGES):
         acc = multiply_rows(
             acc, w_ptr, s_ptr, z_ptr, row, srow, ok, x_ptr, xs_ptr, xrow, ldx, k0, H, ldw, lds,
             FMT, G, BK, NATIVE, INTEGER,
@@ -87,22 +92,24 @@ def _pairs_down_kernel(
     R: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr,
     INTEGER: tl.constexpr, LINES: tl.constexpr = 0, DEPENDENT: tl.constexpr = False,
 ):  # fmt: skip
-    t = tl.program_id(1)
+    t = tl.program_id(0)
     k = tl.arange(0, KP)
     e = tl.load(ids_ptr + t * TOPK + k, mask=k < TOPK, other=-1).to(tl.int64)
     valid = (e >= 0) & (e < E)
     weight = tl.load(weights_ptr + t * TOPK + k, mask=valid, other=0.0).to(tl.float32)
-    n = tl.program_id(0) * R + tl.arange(0, R)
+    n = tl.program_id(1) * R + tl.arange(0, R)
     ok = valid[:, None] & (n < H)[None, :]
     row, srow = e[:, None] * H + n[None, :], scale_row(e[:, None], n[None, :], H, FMT)
     # The kernels before, back to _pairs_up_kernel, let this one begin when the choice of experts was there to be read.
-    if DEPENDENT and LINES > 0:
+    if DEPENDENT and LINES > 0 and inter > BK:
         there = tl.minimum(tl.maximum(e, 0), E - 1)[:, None] * H + tl.minimum(n, H - 1)[None, :]
         prefetch_rows(w_ptr, tl.reshape(there, (KP * R,)), inter, ldw, LINES)
-    wait_for_previous(DEPENDENT)
     xrow = (t * TOPK + tl.where(valid, k, 0)).to(tl.int64)
-    acc = accumulator(KP, R, FMT, G, BK, INTEGER)
-    for i0 in tl.range(0, inter, BK, num_stages=STAGES):
+    acc = multiply_rows(
+        accumulator(KP, R, FMT, G, BK, INTEGER), w_ptr, s_ptr, z_ptr, row, srow, ok, h_ptr, hs_ptr, xrow, ldh, 0, inter,
+        ldw, lds, FMT, G, BK, NATIVE, INTEGER, DEPENDENT,
+    )  # fmt: skip
+    for i0 in tl.range(BK, inter, BK, num_stages=STAGES):
         acc = multiply_rows(
             acc, w_ptr, s_ptr, z_ptr, row, srow, ok, h_ptr, hs_ptr, xrow, ldh, i0, inter, ldw, lds,
             FMT, G, BK, NATIVE, INTEGER,
@@ -276,16 +283,15 @@ PairsPair = tuple[PairsConfig, PairsConfig]
 TilesPair = tuple[TilesConfig, TilesConfig]
 
 
-def pairs_config(weight: StoredWeight, K: int, leading: int) -> PairsConfig:
+def pairs_config(weight: StoredWeight, K: int, leading: int, dtype: torch.dtype) -> PairsConfig:
     """leading: how many weight rows each of the R rows stands for (2 for gate and up, K chosen for down).
 
-    By sweeps on one H100 over the shapes of Qwen3-30B-A3B, gpt-oss-20b and DeepSeek-V3.
+    By sweeps on one H100 over the shapes of Qwen3-30B-A3B, gpt-oss-20b, DeepSeek-V2-Lite and DeepSeek-V3.
     """
     rows = pow2(leading)
-    if weight.small_integers:
-        BK, warps = integer_step(weight, K)
-        R, rows_a_thread = (max(1, 4 // rows), 4) if leading <= 2 else (4, 8)
-        return PairsConfig(R=R, BK=BK, num_warps=min(16, warps * max(1, rows * R // rows_a_thread)))
+    if weight.small_integers and dtype.itemsize == 2:
+        R = 4 // rows if rows <= 2 else 8
+        return PairsConfig(R=R, BK=integer_run(weight), num_warps=max(1, min(16, rows * R // 8)))
     BK = step_of(K, (512, 256, 128)) if K > 128 else max(pow2(K), 16)
     if weight.grouped:
         BK = max(BK, weight.group)
@@ -327,7 +333,7 @@ def default_configs(
     """What a call with T tokens runs with; E: the experts to reckon with, if not those of ``spec``."""
     if pairs:
         up, down = weight_of(spec, packed, 0), weight_of(spec, packed, 1)
-        return pairs_config(up, spec.hidden, up_parts(spec)), pairs_config(down, spec.intermediate, K)
+        return pairs_config(up, spec.hidden, up_parts(spec), dtype), pairs_config(down, spec.intermediate, K, dtype)
     return tiles_choice(spec, packed, T * K / min(T * K, E or spec.num_experts), dtype)
 
 
@@ -423,16 +429,17 @@ def _run_pairs(
     (T, H), K, inter, E = x.shape, ids.shape[1], spec.intermediate, spec.num_experts
     L = up_parts(spec)
     h = torch.empty(T * K, inter, dtype=x.dtype, device=x.device)
+    # Not early: the kernel before may be the router.
     xs = row_inputs(x, up)
-    _pairs_up_kernel[(cdiv(inter, first.R), T * K)](
+    _pairs_up_kernel[(T * K, cdiv(inter, first.R))](
         xs.data, xs.scales, ids, up.data, up.scales, up.zeros, biases[0], h,
         E, H, inter, xs.ldx, up.ldw, up.lds, spec.alpha, spec.limit,
         TOPK=K, L=L, ACT=spec.activation, GATE=spec.gate, R=first.R, BK=first.BK, STAGES=first.STAGES,
         INTEGER=xs.integer,
         num_warps=first.num_warps, BIAS=spec.has_bias, **dependent(x.device), **up.constants(),
     )  # fmt: skip
-    hs = row_inputs(h, down)
-    _pairs_down_kernel[(cdiv(H, second.R), T)](
+    hs = row_inputs(h, down, early=True)
+    _pairs_down_kernel[(T, cdiv(H, second.R))](
         hs.data, hs.scales, ids, weights, down.data, down.scales, down.zeros, biases[1], out,
         E, H, inter, hs.ldx, down.ldw, down.lds,
         TOPK=K, KP=pow2(K), R=second.R, BK=second.BK, STAGES=second.STAGES,

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import torch
 import triton
 import triton.language as tl
-from ktfx.triton_kernels.dependent_launch import dependent, wait_for_previous
+from ktfx.triton_kernels.dependent_launch import dependent, let_next_begin, wait_for_previous
 from ktfx.triton_kernels.dequant import INTERPRETED, load_group_scale
 from ktfx.triton_kernels.launch import cdiv, on_its_device
 
@@ -43,8 +43,10 @@ class IntegerInputs:
 @triton.jit
 def _quantise_kernel(
     x_ptr, planes_ptr, scales_ptr, K, blocks, ldx, FMT: tl.constexpr, BLOCKS: tl.constexpr,
-    DEPENDENT: tl.constexpr = False,
+    EARLY: tl.constexpr = False, DEPENDENT: tl.constexpr = False,
 ):  # fmt: skip
+    if EARLY:
+        let_next_begin(DEPENDENT)
     wait_for_previous(DEPENDENT)
     t, b, i = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCKS + tl.arange(0, BLOCKS), tl.arange(0, _BLOCK)
     k = b[:, None] * _BLOCK + i[None, :]
@@ -67,14 +69,18 @@ def _quantise_kernel(
 
 
 @on_its_device
-def integer_inputs(x: torch.Tensor, fmt: str) -> IntegerInputs:
-    """x (T, K), neighbours along K, as integers for weights of a format."""
+def integer_inputs(x: torch.Tensor, fmt: str, early: bool = False) -> IntegerInputs:
+    """x (T, K), neighbours along K, as integers for weights of a format.
+
+    early: the kernel launched next may begin at once (``dependent_launch``): before its wait it reads nothing but
+    parameters and what the kernel before this one waited for.
+    """
     T, K = x.shape
     blocks = cdiv(K, BLOCK)
     planes = torch.empty(T, 16 * blocks, dtype=torch.int32, device=x.device)
     scales = torch.empty(T, 2, blocks, dtype=torch.float32, device=x.device)
     _quantise_kernel[(T, cdiv(blocks, 8))](
-        x, planes.view(torch.int8), scales, K, blocks, x.stride(0), FMT=fmt, BLOCKS=8, num_warps=1,
+        x, planes.view(torch.int8), scales, K, blocks, x.stride(0), FMT=fmt, BLOCKS=8, EARLY=early, num_warps=1,
         **dependent(x.device),
     )  # fmt: skip
     return IntegerInputs(planes, scales)
@@ -154,12 +160,13 @@ def bytes_of(w, PART: tl.constexpr, FMT: tl.constexpr):
 @triton.jit
 def multiply_integers(
     acc, w_ptr, s_ptr, z_ptr, row, srow, ok, planes_ptr, scales_ptr, xrow, k0, blocks, ldw, lds,
-    FMT: tl.constexpr, G: tl.constexpr, BK: tl.constexpr,
+    FMT: tl.constexpr, G: tl.constexpr, BK: tl.constexpr, WAIT: tl.constexpr,
 ):  # fmt: skip
     """acc (L, R, parts) += w[row, k0:k0+BK] · x, still apart by runs of 16 bytes of weights: BK/32 of them, int8 BK/16.
 
     row, srow, ok: (L, R), weight rows, scale rows and which exist; xrow: (L or 1,), rows of x times ``blocks``, the
-    blocks in a row. Needs rows of whole 16-byte runs.
+    blocks in a row. Needs rows of whole 16-byte runs. WAIT: the kernel's wait for the kernels before it stands here,
+    when the weights are on their way and before x is read.
     """
     WORDS: tl.constexpr = BK // 4 if FMT == "int8" else BK // 8
     RUNS: tl.constexpr = WORDS // 4
@@ -180,6 +187,7 @@ def multiply_integers(
         scale = tl.permute(load_group_scale(s_ptr, g, exists, FMT), 2, 1, 0)
         if FMT == "int4zp":
             least = tl.permute(tl.load(z_ptr + g, mask=exists, other=0).to(tl.float32), 2, 1, 0)
+    wait_for_previous(WAIT)
     plane = blocks * (4 * 2 // PARTS)
     at = planes_ptr + xrow[:, None, None] * 16 + word[None, None, :]
     there = tl.zeros_like(at.to(tl.int64)) + word[None, None, :] < plane

@@ -12,18 +12,19 @@ from dataclasses import asdict, dataclass
 import torch
 import triton
 import triton.language as tl
-from ktfx.triton_kernels.dependent_launch import dependent, wait_for_previous
+from ktfx.triton_kernels.dependent_launch import dependent
 from ktfx.triton_kernels.dequant import narrow
 from ktfx.triton_kernels.launch import cdiv, interpreted, on_its_device, pow2, sm_count
 from ktfx.triton_kernels.matmul import (
     StoredWeight,
     accumulator,
-    integer_step,
+    integer_run,
     load_inputs,
     multiply_rows,
     multiply_tile,
     row_inputs,
     scale_row,
+    step_of,
     stored_weight,
     tile_shape,
 )
@@ -38,12 +39,14 @@ def _rows_kernel(
 ):  # fmt: skip
     m = tl.program_id(1)
     n = tl.program_id(0) * R + tl.arange(0, R)
-    wait_for_previous(DEPENDENT)
     row, ok = n[None, :].to(tl.int64), (n < N)[None, :]
     srow = scale_row(tl.zeros((1, 1), tl.int64), row, N, FMT)
     xrow = tl.zeros((1,), tl.int64) + m
-    acc = accumulator(1, R, FMT, G, BK, INTEGER)
-    for k0 in tl.range(0, K, BK, num_stages=STAGES):
+    acc = multiply_rows(
+        accumulator(1, R, FMT, G, BK, INTEGER), w_ptr, s_ptr, z_ptr, row, srow, ok, x_ptr, xs_ptr, xrow, ldx, 0, K,
+        ldw, lds, FMT, G, BK, NATIVE, INTEGER, DEPENDENT,
+    )  # fmt: skip
+    for k0 in tl.range(BK, K, BK, num_stages=STAGES):
         acc = multiply_rows(
             acc, w_ptr, s_ptr, z_ptr, row, srow, ok, x_ptr, xs_ptr, xrow, ldx, k0, K, ldw, lds,
             FMT, G, BK, NATIVE, INTEGER,
@@ -117,8 +120,10 @@ class LinearConfig:
 def linear_config(weight: StoredWeight, M: int, N: int, K: int, dtype: torch.dtype) -> LinearConfig:
     """A choice by shape alone; ``ktfx.tuning`` may know a better one."""
     if M <= 2 and weight.small_integers and dtype.itemsize == 2:
-        BK, warps = integer_step(weight, K)
-        return LinearConfig(True, R=4, BK=BK, num_warps=warps, num_stages=1)
+        run = integer_run(weight)
+        BK = step_of(K, (4 * run, 2 * run, run))
+        R = 8 if weight.fmt == "int8" and N >= 4096 else 4
+        return LinearConfig(True, R=R, BK=BK, num_warps=BK // run, num_stages=1)
     if M <= 2:
         BK = min(1024 if weight.nibbles else 512, max(pow2(K), 16))
         return LinearConfig(True, R=4, BK=max(BK, weight.group), num_stages=1)
@@ -157,7 +162,7 @@ def linear(
     c = config or linear_config(weight, M, N, K, x.dtype)
     b = weight.data if bias is None else bias
     if c.rows:
-        inputs = row_inputs(flat, weight)
+        inputs = row_inputs(flat, weight, early=True)
         _rows_kernel[(cdiv(N, c.R), M)](
             inputs.data, inputs.scales, weight.data, weight.scales, weight.zeros, b, y,
             N, K, inputs.ldx, weight.ldw, weight.lds,

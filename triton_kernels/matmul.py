@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 import triton
 import triton.language as tl
+from ktfx.triton_kernels.dependent_launch import wait_for_previous
 from ktfx.triton_kernels.dequant import (
     e2m1,
     e4m3,
@@ -42,23 +43,27 @@ def scale_row(e, n, N, FMT: tl.constexpr):
 def multiply_rows(
     acc, w_ptr, s_ptr, z_ptr, row, srow, ok, x_ptr, xs_ptr, xrow, ldx, k0, K, ldw, lds,
     FMT: tl.constexpr, G: tl.constexpr, BK: tl.constexpr, NATIVE: tl.constexpr, INTEGER: tl.constexpr = False,
+    WAIT: tl.constexpr = False,
 ):  # fmt: skip
     """acc += w[row, k0:k0+BK] · x[xrow, k0:k0+BK], still unsummed along k (model, int8) or along groups.
 
     row, srow, ok: (L, R), weight rows, scale rows and which exist; xrow: (L or 1,) rows of x, times ``ldx`` here.
     acc: what ``accumulator`` gives. INTEGER: x_ptr and xs_ptr hold ``IntegerInputs``, ldx their blocks in a row.
+    WAIT: the kernel's wait for the kernels before it (``dependent_launch``) stands here, when the weights are on their
+    way and before x is read.
     """
     xrow = xrow * ldx
     if INTEGER:
         acc = multiply_integers(
-            acc, w_ptr, s_ptr, z_ptr, row, srow, ok, x_ptr, xs_ptr, xrow, k0, ldx, ldw, lds, FMT, G, BK
+            acc, w_ptr, s_ptr, z_ptr, row, srow, ok, x_ptr, xs_ptr, xrow, k0, ldx, ldw, lds, FMT, G, BK, WAIT
         )
     elif FMT == "model" or FMT == "int8":
         k = k0 + tl.arange(0, BK)
-        x = tl.load(x_ptr + xrow[:, None] + k[None, :], mask=(k < K)[None, :], other=0.0).to(tl.float32)
         w = tl.load(
             w_ptr + row[:, :, None] * ldw + k[None, None, :], mask=ok[:, :, None] & (k < K)[None, None, :], other=0
         )
+        wait_for_previous(WAIT)
+        x = tl.load(x_ptr + xrow[:, None] + k[None, :], mask=(k < K)[None, :], other=0.0).to(tl.float32)
         acc += w.to(tl.float32) * x[:, None, :]
     else:
         NG: tl.constexpr = BK // G
@@ -67,18 +72,15 @@ def multiply_rows(
         scale = load_group_scale(s_ptr, at, there, FMT)
         if FMT == "fp8":
             k = g[:, None] * G + tl.arange(0, G)[None, :]
-            x = tl.load(x_ptr + xrow[:, None, None] + k[None, :, :], mask=(k < K)[None, :, :], other=0.0)
             w = tl.load(
                 w_ptr + row[:, :, None, None] * ldw + k[None, None, :, :],
                 mask=ok[:, :, None, None] & (k < K)[None, None, :, :], other=0,
             )  # fmt: skip
+            wait_for_previous(WAIT)
+            x = tl.load(x_ptr + xrow[:, None, None] + k[None, :, :], mask=(k < K)[None, :, :], other=0.0)
             acc += tl.sum(e4m3(w, NATIVE) * x.to(tl.float32)[:, None, :, :], 3) * scale
         else:
             c = tl.arange(0, G // 2)
-            k = g[:, None] * G + (c // 16 * 32 + c % 16)[None, :]
-            x_low = tl.load(x_ptr + xrow[:, None, None] + k[None, :, :], mask=(k < K)[None, :, :], other=0.0)
-            k += 16
-            x_high = tl.load(x_ptr + xrow[:, None, None] + k[None, :, :], mask=(k < K)[None, :, :], other=0.0)
             col = g[:, None] * (G // 2) + c[None, :]
             data = tl.load(
                 w_ptr + row[:, :, None, None] * ldw + col[None, None, :, :], mask=there[:, :, :, None], other=0
@@ -87,6 +89,11 @@ def multiply_rows(
                 low, high = e2m1(data)
             else:
                 low, high = nibbles(data, group_offset(z_ptr, at, there, FMT)[:, :, :, None])
+            wait_for_previous(WAIT)
+            k = g[:, None] * G + (c // 16 * 32 + c % 16)[None, :]
+            x_low = tl.load(x_ptr + xrow[:, None, None] + k[None, :, :], mask=(k < K)[None, :, :], other=0.0)
+            k += 16
+            x_high = tl.load(x_ptr + xrow[:, None, None] + k[None, :, :], mask=(k < K)[None, :, :], other=0.0)
             part = low * x_low.to(tl.float32)[:, None, :, :] + high * x_high.to(tl.float32)[:, None, :, :]
             acc += tl.sum(part, 3) * scale
     return acc
@@ -240,11 +247,11 @@ class RowInputs:
     integer: bool
 
 
-def row_inputs(x: torch.Tensor, weight: StoredWeight) -> RowInputs:
-    """x as integers where the weight is multiplied in integers, else as it is."""
+def row_inputs(x: torch.Tensor, weight: StoredWeight, early: bool = False) -> RowInputs:
+    """x as integers where the weight is multiplied in integers, else as it is. early: as in ``integer_inputs``."""
     if not weight.integers(x):
         return RowInputs(x, x, x.stride(0), False)
-    integers = integer_inputs(x, weight.fmt)
+    integers = integer_inputs(x, weight.fmt, early)
     return RowInputs(integers.planes, integers.scales, integers.blocks, True)
 
 
@@ -294,11 +301,9 @@ def tile_step(weight: StoredWeight, dtype: torch.dtype, long: bool = False) -> i
     return next((size for size in sizes if weight.paired(dtype, size)), plain)
 
 
-def integer_step(weight: StoredWeight, K: int) -> tuple[int, int]:
-    """(values of k a step, warps along k) of a product in integers: a warp takes 32 runs of 16 bytes of a row."""
-    warp = 32 * (32 if weight.nibbles else 16)
-    BK = step_of(K, (4 * warp, 2 * warp, warp))
-    return BK, BK // warp
+def integer_run(weight: StoredWeight) -> int:
+    """Values of k that one warp takes a step of a product in integers: 32 runs of 16 bytes of a row."""
+    return 32 * (32 if weight.nibbles else 16)
 
 
 def stored_weight(name: str, tensors: Sequence[torch.Tensor]) -> StoredWeight:
