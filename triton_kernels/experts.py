@@ -283,15 +283,19 @@ PairsPair = tuple[PairsConfig, PairsConfig]
 TilesPair = tuple[TilesConfig, TilesConfig]
 
 
-def pairs_config(weight: StoredWeight, K: int, leading: int, dtype: torch.dtype) -> PairsConfig:
+def pairs_config(weight: StoredWeight, K: int, leading: int, dtype: torch.dtype, T: int = 1) -> PairsConfig:
     """leading: how many weight rows each of the R rows stands for (2 for gate and up, K chosen for down).
 
     By sweeps on one H100 over the shapes of Qwen3-30B-A3B, gpt-oss-20b, DeepSeek-V2-Lite and DeepSeek-V3.
     """
     rows = pow2(leading)
     if weight.small_integers and dtype.itemsize == 2:
-        R = 4 // rows if rows <= 2 else 8
-        return PairsConfig(R=R, BK=integer_run(weight), num_warps=max(1, min(16, rows * R // 8)))
+        run = integer_run(weight)
+        if rows <= 2:
+            return PairsConfig(R=(4 if T == 1 else 8) // rows, BK=run, num_warps=1)
+        if T > 1:
+            return PairsConfig(R=4, BK=run // 2, num_warps=max(1, rows // 2))
+        return PairsConfig(R=8, BK=run, num_warps=min(16, rows))
     BK = step_of(K, (512, 256, 128)) if K > 128 else max(pow2(K), 16)
     if weight.grouped:
         BK = max(BK, weight.group)
@@ -333,7 +337,8 @@ def default_configs(
     """What a call with T tokens runs with; E: the experts to reckon with, if not those of ``spec``."""
     if pairs:
         up, down = weight_of(spec, packed, 0), weight_of(spec, packed, 1)
-        return pairs_config(up, spec.hidden, up_parts(spec), dtype), pairs_config(down, spec.intermediate, K, dtype)
+        up_config = pairs_config(up, spec.hidden, up_parts(spec), dtype, T)
+        return up_config, pairs_config(down, spec.intermediate, K, dtype, T)
     return tiles_choice(spec, packed, T * K / min(T * K, E or spec.num_experts), dtype)
 
 
@@ -381,12 +386,18 @@ def fits(config: PairsConfig | TilesConfig, weight: StoredWeight, first: PairsCo
     return weight.group <= config.BK and config.BK % max(weight.group, 1) == 0
 
 
-def prefer_pairs(T: int, E: int, K: int) -> bool:
-    """Whether so few pairs share an expert that reading each pair's weights for itself costs little."""
-    if T * K > 128:
-        return False
+def prefer_pairs(T: int, E: int, K: int, weight: StoredWeight, dtype: torch.dtype) -> bool:
+    """Whether so few pairs share an expert that multiplying each for itself costs little.
+
+    Pairs of one expert run beside each other, so that memory is read once for them; what they cost is arithmetic, of
+    which products in integers need least. The shares of distinct experts are those at which one H100 took as long
+    either way, over the shapes of Qwen3-30B-A3B, gpt-oss-20b and DeepSeek-V2-Lite.
+    """
+    integers = weight.small_integers and dtype.itemsize == 2
+    least = 0.8 if not integers else 0.44 if weight.nibbles else 0.6
+    pairs, most = T * K, 256 if integers else 128
     distinct = E * (1 - (1 - K / E) ** T)
-    return T == 1 or distinct / (T * K) > 0.8
+    return pairs <= most and (T == 1 or distinct / pairs > least)
 
 
 @on_its_device
@@ -414,7 +425,7 @@ def routed_experts(
     up, down = weight_of(spec, packed, 0), weight_of(spec, packed, 1)
     biases = packed[-2:] if spec.has_bias else (up.data, down.data)
     x, ids, weights = x_TH.contiguous(), ids_TK.contiguous(), weights_TK.contiguous()
-    use_pairs = prefer_pairs(T, spec.num_experts, K) if pairs is None else pairs
+    use_pairs = prefer_pairs(T, spec.num_experts, K, up, x.dtype) if pairs is None else pairs
     chosen = configs or tuned_configs(spec, packed, T, K, use_pairs, x)
     chosen = chosen or default_configs(spec, packed, T, K, use_pairs, dtype=x.dtype)
     run = _run_pairs if use_pairs else _run_tiles

@@ -548,7 +548,7 @@ def tune_experts(name: str, weights: str, T: int, check: bool, part: tuple[int, 
     model = MODELS[name]
     spec = model.spec(weights, 16 if check else None)
     packed = experts_packed(spec)
-    pairs = experts.prefer_pairs(T, model.E, model.K)
+    pairs = experts.prefer_pairs(T, model.E, model.K, experts.weight_of(spec, packed, 0), BF16)
     T_run = min(T, 64) if check else T
     steps = routing(T_run, spec, model.K, 1 if check else 16 if T <= 4 else 4 if T <= 64 else 1)
     x = randn(T_run, spec.hidden)
@@ -603,10 +603,7 @@ def short(error: BaseException) -> str:
 TUNED = [
     ("qwen3-30b", "model", 1),
     ("qwen3-30b", "model", 4096),
-    ("qwen3-30b", "int4", 1),
-    ("gpt-oss-20b", "mxfp4", 1),
-    *(("qwen3-30b", w, 1) for w in ("fp8", "int8", "mxfp4")),
-    ("dsv3", "int4", 1),
+    *((model, "fp8", 1) for model in ("qwen3-30b", "dsv3")),
     *(("qwen3-30b", w, T) for T in (4096, 16) for w in ("model", "int4", "fp8") if (w, T) != ("model", 4096)),
     ("gpt-oss-20b", "mxfp4", 4096),
     *(("qwen3-30b", w, 4096) for w in ("int8", "mxfp4")),
