@@ -29,7 +29,8 @@ def check(
     exact = x.double() @ kernel.dequantised(spec, packed).to(dtype).double().t()
     exact = exact if b is None else exact + b.double()
     _, group = parse_format(spec.weights)
-    config = LinearConfig(rows, R=32, BK=max(group, 64) if rows else max(64, group if group < 128 else 64), SPLIT=split)
+    step = max(group, 64) if rows else max(64, group if group < 128 else 64)
+    config = LinearConfig(rows, R=32, BM=(4, 1, 2, 2)[M % 4] if rows else 16, BK=step, SPLIT=split)
     out = poisoned(torch.empty(M, spec.out_features, dtype=dtype, device=DEVICE))
     assert linear(x, packed, b, spec.weights, spec.out_features, config, out) is out
     assert_close(out, exact, dtype)

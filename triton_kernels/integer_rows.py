@@ -164,9 +164,9 @@ def multiply_integers(
 ):  # fmt: skip
     """acc (L, R, parts) += w[row, k0:k0+BK] · x, still apart by runs of 16 bytes of weights: BK/32 of them, int8 BK/16.
 
-    row, srow, ok: (L, R), weight rows, scale rows and which exist; xrow: (L or 1,), rows of x times ``blocks``, the
-    blocks in a row. Needs rows of whole 16-byte runs. WAIT: the kernel's wait for the kernels before it stands here,
-    when the weights are on their way and before x is read.
+    row, srow, ok: (L or 1, R), weight rows, scale rows and which exist; xrow: (L or 1,), rows of x times ``blocks``,
+    the blocks in a row. Needs rows of whole 16-byte runs. WAIT: the kernel's wait for the kernels before it stands
+    here, when the weights are on their way and before x is read.
     """
     WORDS: tl.constexpr = BK // 4 if FMT == "int8" else BK // 8
     RUNS: tl.constexpr = WORDS // 4
@@ -202,8 +202,8 @@ def multiply_integers(
     if PARTS == 2:
         x_sum = tl.trans(tl.load(scales_ptr + x_at + blocks, mask=in_x, other=0.0))[:, None, :]
     ws, highs, lows = words_of_runs(w), words_of_runs(x_high), words_of_runs(x_low)
-    high = tl.zeros(ws[0].shape, tl.int32)
-    low = tl.zeros(ws[0].shape, tl.int32)
+    high = tl.zeros(acc.shape, tl.int32)
+    low = tl.zeros(acc.shape, tl.int32)
     for i in tl.static_range(4):
         four = bytes_of(ws[i], 0, FMT)
         high, low = dp4a(four, highs[i], high, FMT == "int8"), dp4a(four, lows[i], low, FMT == "int8")

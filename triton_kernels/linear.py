@@ -1,4 +1,4 @@
-"""y = x·Wᵀ + b over a stored weight: rows for one or two inputs, tiles split along the reduction for more.
+"""y = x·Wᵀ + b over a stored weight: rows for few inputs, tiles split along the reduction for more.
 
 Decode has few output rows and a long reduction, so tiles alone would leave most multiprocessors idle: the reduction is
 split over SPLIT programs that write float32 partial sums, and a second kernel adds them in a fixed order.
@@ -32,18 +32,18 @@ from ktfx.triton_kernels.matmul import (
 
 @triton.jit
 def _rows_kernel(
-    x_ptr, xs_ptr, w_ptr, s_ptr, z_ptr, b_ptr, y_ptr, N, K, ldx, ldw, lds,
+    x_ptr, xs_ptr, w_ptr, s_ptr, z_ptr, b_ptr, y_ptr, M, N, K, ldx, ldw, lds,
     FMT: tl.constexpr, G: tl.constexpr, BIAS: tl.constexpr, NATIVE: tl.constexpr,
-    R: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr, INTEGER: tl.constexpr,
+    BM: tl.constexpr, R: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr, INTEGER: tl.constexpr,
     DEPENDENT: tl.constexpr = False,
 ):  # fmt: skip
-    m = tl.program_id(1)
-    n = tl.program_id(0) * R + tl.arange(0, R)
+    m = tl.program_id(0) * BM + tl.arange(0, BM)
+    n = tl.program_id(1) * R + tl.arange(0, R)
     row, ok = n[None, :].to(tl.int64), (n < N)[None, :]
     srow = scale_row(tl.zeros((1, 1), tl.int64), row, N, FMT)
-    xrow = tl.zeros((1,), tl.int64) + m
+    xrow = tl.minimum(m, M - 1).to(tl.int64)
     acc = multiply_rows(
-        accumulator(1, R, FMT, G, BK, INTEGER), w_ptr, s_ptr, z_ptr, row, srow, ok, x_ptr, xs_ptr, xrow, ldx, 0, K,
+        accumulator(BM, R, FMT, G, BK, INTEGER), w_ptr, s_ptr, z_ptr, row, srow, ok, x_ptr, xs_ptr, xrow, ldx, 0, K,
         ldw, lds, FMT, G, BK, NATIVE, INTEGER, DEPENDENT,
     )  # fmt: skip
     for k0 in tl.range(BK, K, BK, num_stages=STAGES):
@@ -51,12 +51,13 @@ def _rows_kernel(
             acc, w_ptr, s_ptr, z_ptr, row, srow, ok, x_ptr, xs_ptr, xrow, ldx, k0, K, ldw, lds,
             FMT, G, BK, NATIVE, INTEGER,
         )  # fmt: skip
-    y = tl.sum(tl.sum(acc, 2), 0)
+    y = tl.sum(acc, 2)
     if FMT == "int8":
-        y *= tl.load(s_ptr + n, mask=n < N, other=0.0)
+        y *= tl.load(s_ptr + n, mask=n < N, other=0.0)[None, :]
     if BIAS:
-        y += tl.load(b_ptr + n, mask=n < N, other=0.0).to(tl.float32)
-    tl.store(y_ptr + m.to(tl.int64) * N + n, narrow(y, y_ptr.dtype.element_ty), mask=n < N)
+        y += tl.load(b_ptr + n, mask=n < N, other=0.0).to(tl.float32)[None, :]
+    at = m.to(tl.int64)[:, None] * N + n[None, :]
+    tl.store(y_ptr + at, narrow(y, y_ptr.dtype.element_ty), mask=(m < M)[:, None] & ok)
 
 
 @triton.jit
@@ -104,7 +105,7 @@ def _add_parts_kernel(parts_ptr, b_ptr, y_ptr, MN, N, BIAS: tl.constexpr, SPLIT:
 
 @dataclass(frozen=True)
 class LinearConfig:
-    """rows: one program per R output rows and input; else tiles of BM inputs by BN rows over a SPLIT reduction."""
+    """rows: one program for BM inputs and R output rows; else tiles of BM inputs by BN rows over a SPLIT reduction."""
 
     rows: bool
     R: int = 4
@@ -119,14 +120,14 @@ class LinearConfig:
 
 def linear_config(weight: StoredWeight, M: int, N: int, K: int, dtype: torch.dtype) -> LinearConfig:
     """A choice by shape alone; ``ktfx.tuning`` may know a better one."""
-    if M <= 2 and weight.small_integers and dtype.itemsize == 2:
+    if M <= 8 and weight.small_integers and dtype.itemsize == 2:
         run = integer_run(weight)
         BK = step_of(K, (4 * run, 2 * run, run))
-        R = 8 if weight.fmt == "int8" and N >= 4096 else 4
-        return LinearConfig(True, R=R, BK=BK, num_warps=BK // run, num_stages=1)
+        R = 8 if weight.fmt == "int8" and N >= 4096 and M <= 2 else 4
+        return LinearConfig(True, R=R, BM=min(4, pow2(M)), BK=BK, num_warps=BK // run, num_stages=1)
     if M <= 2:
         BK = min(1024 if weight.nibbles else 512, max(pow2(K), 16))
-        return LinearConfig(True, R=4, BK=max(BK, weight.group), num_stages=1)
+        return LinearConfig(True, R=4, BM=1, BK=max(BK, weight.group), num_stages=1)
     BM = 16 if M <= 16 else 32 if M <= 32 else 64 if M <= 64 else 128
     shape = tile_shape(weight, dtype, BM)
     tiles = cdiv(M, BM) * cdiv(N, shape.BN)
@@ -163,10 +164,10 @@ def linear(
     b = weight.data if bias is None else bias
     if c.rows:
         inputs = row_inputs(flat, weight, early=True)
-        _rows_kernel[(cdiv(N, c.R), M)](
+        _rows_kernel[(cdiv(M, c.BM), cdiv(N, c.R))](
             inputs.data, inputs.scales, weight.data, weight.scales, weight.zeros, b, y,
-            N, K, inputs.ldx, weight.ldw, weight.lds,
-            R=c.R, BK=c.BK, STAGES=c.num_stages, INTEGER=inputs.integer, num_warps=c.num_warps,
+            M, N, K, inputs.ldx, weight.ldw, weight.lds,
+            BM=c.BM, R=c.R, BK=c.BK, STAGES=c.num_stages, INTEGER=inputs.integer, num_warps=c.num_warps,
             BIAS=bias is not None, **dependent(x.device), **weight.constants(),
         )  # fmt: skip
         return y

@@ -47,7 +47,7 @@ def multiply_rows(
 ):  # fmt: skip
     """acc += w[row, k0:k0+BK] · x[xrow, k0:k0+BK], still unsummed along k (model, int8) or along groups.
 
-    row, srow, ok: (L, R), weight rows, scale rows and which exist; xrow: (L or 1,) rows of x, times ``ldx`` here.
+    row, srow, ok: (L or 1, R), weight rows, scale rows and which exist; xrow: (L or 1,) rows of x, times ``ldx`` here.
     acc: what ``accumulator`` gives. INTEGER: x_ptr and xs_ptr hold ``IntegerInputs``, ldx their blocks in a row.
     WAIT: the kernel's wait for the kernels before it (``dependent_launch``) stands here, when the weights are on their
     way and before x is read.
