@@ -56,6 +56,30 @@ def test_scales_that_begin_between_words(weights: str) -> None:
     assert_close(out, x.double() @ kernel.dequantised(spec, packed).to(x.dtype).double().t(), x.dtype)
 
 
+@pytest.mark.parametrize("scales", ["usual", "tiny", "huge"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_every_byte_of_fp8_under_scales_of_every_size(dtype: torch.dtype, scales: str) -> None:
+    """Subnormal codes and both zeros among them, blocks that end early, and blocks that are zero by their scale."""
+    from ktfx.triton_kernels.linear import LinearConfig, linear
+
+    if dtype == torch.float16 and scales != "usual":
+        pytest.skip("float16 holds no such weights")
+    N, K, M = 150, 202, 5
+    generator = torch.Generator().manual_seed(3)
+    codes = torch.arange(N * K).mul(7).remainder(256).to(torch.uint8).view(N, K)
+    codes[codes % 128 == 127] = 0x80  # NaN
+    factor = {"usual": 1e-3, "tiny": 2.0**-52, "huge": 2.0**62}[scales]
+    blocks = (torch.rand(2, 2, generator=generator) + 0.5) * factor
+    blocks[1, 0] = 0.0
+    packed = [codes.view(torch.float8_e4m3fn).to(DEVICE), blocks.to(DEVICE)]
+    wide = blocks.double().repeat_interleave(128, 0).repeat_interleave(128, 1)[:N, :K]
+    x = normal(M, K, seed=1, dtype=dtype)
+    exact = x.double() @ (codes.view(torch.float8_e4m3fn).double() * wide).to(dtype).double().t().to(DEVICE)
+    out = poisoned(torch.empty(M, N, dtype=dtype, device=DEVICE))
+    linear(x, packed, None, "fp8", N, LinearConfig(False, BK=64), out)
+    assert_close(out.double() / factor, exact / factor, dtype)
+
+
 @pytest.mark.parametrize("way", ["rows", "split"])
 @pytest.mark.parametrize("weights", ["model", "int8", "int4", "fp8", "mxfp4"])
 def test_float32_is_exact(weights: str, way: str) -> None:
