@@ -144,6 +144,12 @@ class FuseRouter(FusionPass):
             "logits, None, k, 'softmax', dtype=d",
         ),
         _route(
+            "softmax, scaled",
+            f"aten.mul(aten.to({_PLAIN}[0], 'float32'), scale)",
+            f"{_PLAIN}[1]",
+            "logits, None, k, 'softmax', renormalise=False, scale=scale",
+        ),
+        _route(
             "softmax",
             f"aten.to({_PLAIN}[0], d)",
             f"{_PLAIN}[1]",

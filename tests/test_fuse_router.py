@@ -40,7 +40,11 @@ BLOCKS = {
     "deepseek-v2": (
         DeepseekV2Moe, T.DeepseekV2Config(**DEEPSEEK, topk_method="group_limited_greedy"), "softmax, groups"
     ),
-    "deepseek-v2 greedy": (DeepseekV2Moe, T.DeepseekV2Config(**DEEPSEEK, topk_method="greedy"), "softmax → "),
+    "deepseek-v2 greedy": (
+        DeepseekV2Moe, T.DeepseekV2Config(**DEEPSEEK, topk_method="greedy", routed_scaling_factor=2.5),
+        "softmax, scaled → ",
+    ),
+    "deepseek-v2-lite": (DeepseekV2Moe, T.DeepseekV2Config(**DEEPSEEK, topk_method="greedy"), "softmax, scaled → "),
 }  # fmt: skip
 
 
@@ -81,6 +85,7 @@ def test_routers(case: str) -> None:
     assert done.ops["ktfx.route.default"] == 1 and done.ops["aten.topk.default"] == 0
     call = next(n for n in done.after.graph.nodes if "ktfx.route" in str(n.target))
     assert call.args[2] == 3
+    assert done.ops["aten.mul.Tensor"] == done.ops_before["aten.mul.Tensor"] - ("scale" in call.kwargs)
     assert not done.context.misses
 
 
