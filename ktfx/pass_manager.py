@@ -203,6 +203,8 @@ DEFAULT_PIPELINE = (
     "group_ropes",
     "write_caches",
     "decode_linears",
+    "gate_linears",
+    "sum_linears",
     "norm_linears",
     "assign_devices",
     "insert_transfers",

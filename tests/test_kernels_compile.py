@@ -84,11 +84,16 @@ def caches() -> None:
 
 
 def linears() -> None:
-    from ktfx.triton_kernels.linear_rows import linear_rows, norm_linear_rows
+    from ktfx.triton_kernels.linear_rows import linear_rows, linear_rows_add, norm_linear_rows
 
-    t = decode_tensors(x=(1, 1, 2048), r=(1, 1, 2048), norm=(2048,), q=(4096, 2048), k=(512, 2048))
+    t = decode_tensors(x=(1, 1, 2048), r=(1, 1, 2048), norm=(2048,), q=(4096, 2048), k=(512, 2048), one=(1, 1))
     norm_linear_rows(t["x"], t["r"], t["norm"], 1e-6, "llama", [t["q"], t["k"], t["k"]], [])
     linear_rows(torch.zeros(1, 4096, dtype=BF16), [torch.zeros(2048, 4096, dtype=BF16)], [], wide=True)
+    linear_rows(t["x"], [t["q"], t["q"]], [], act="silu")
+    norm_linear_rows(t["x"], t["r"], t["norm"], 1e-6, "gemma", [t["k"], t["k"]], [], act="gelu_tanh")
+    down = torch.zeros(2048, 4096, dtype=BF16)
+    for share in (None, t["one"]):
+        linear_rows_add(torch.zeros(1, 4096, dtype=BF16), down, None, t["x"], share)
 
 
 def attentions() -> None:

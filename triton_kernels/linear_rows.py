@@ -5,7 +5,9 @@ for a program, and N / R programs are enough for every multiprocessor. The weigh
 the kernel that writes x has ended (``dependent_launch``).
 
 The norm before can be done here: each program works it out for itself, from rows that are in the cache, while its
-weights are on their way; the first one writes it down for others. That costs less than a kernel of its own.
+weights are on their way; the first one writes it down for others. That costs less than a kernel of its own. Nor does
+what follows need one: a program that has a gate's and up's rows side by side writes act(gate)·up, and one of a layer
+whose result is only added to another writes the sum.
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ import torch
 import triton
 import triton.language as tl
 from ktfx.triton_kernels.dependent_launch import dependent, prefetch_rows, wait_for_previous
-from ktfx.triton_kernels.dequant import narrow
+from ktfx.triton_kernels.dequant import gated, narrow
 from ktfx.triton_kernels.launch import cdiv, on_its_device, pow2, sm_count
 from ktfx.triton_kernels.norms import normed
 
@@ -39,25 +41,43 @@ def _input(x_ptr, r_ptr, m, k, K, ldx, ADD: tl.constexpr):
 
 @triton.jit
 def _outputs(
-    block, m, x_ptr, r_ptr, g_ptr, normed_ptr, sum_ptr, w_ptr, b_ptr, y_ptr, N, K, ldx, eps,
-    KIND: tl.constexpr, ADD: tl.constexpr, BIAS: tl.constexpr, R: tl.constexpr, BK: tl.constexpr, ONCE: tl.constexpr,
-    LINES: tl.constexpr, DEPENDENT: tl.constexpr,
+    block, m, x_ptr, r_ptr, g_ptr, normed_ptr, sum_ptr, w_ptr, up_ptr, b_ptr, up_b_ptr, y_ptr, addend_ptr, share_ptr,
+    N, K, ldx, eps,
+    KIND: tl.constexpr, ADD: tl.constexpr, BIAS: tl.constexpr, ACT: tl.constexpr, ADDEND: tl.constexpr,
+    SHARE: tl.constexpr, R: tl.constexpr, BK: tl.constexpr, ONCE: tl.constexpr, LINES: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ):  # fmt: skip
     """y[m, n] for R values of n. w (N, K) and y (M, N) contiguous. KIND: of the norm before, of weight g, or empty.
 
-    ONCE: BK holds all of K, and the weight is read, not only asked for, before the kernel before has ended.
+    ACT: rows of w, a gate's, and of up alternate, and y = act(gate)·up for R / 2 values of n; or empty. ADDEND, SHARE:
+    y is added to addend (M, N), times the sigmoid of share (M,). ONCE: BK holds all of K, and the weight is read, not
+    only asked for, before the kernel before has ended.
     """
     DT: tl.constexpr = x_ptr.dtype.element_ty
-    n = block * R + tl.arange(0, R)
-    row = tl.minimum(n, N - 1).to(tl.int64)
+    PER: tl.constexpr = R if ACT == "" else R // 2
+    n = block * PER + tl.arange(0, PER)
     at = tl.arange(0, BK)
+    if ACT == "":
+        row = tl.minimum(n, N - 1).to(tl.int64)
+        w_rows, b_rows = w_ptr + row * K, b_ptr + row
+    else:
+        r = tl.arange(0, R)
+        row = tl.minimum(block * PER + r // 2, N - 1).to(tl.int64)
+        w_rows, b_rows = _either(r % 2 == 1, w_ptr, up_ptr) + row * K, _either(r % 2 == 1, b_ptr, up_b_ptr) + row
     if ONCE:
-        w_once = tl.load(w_ptr + row[:, None] * K + at[None, :], mask=(at < K)[None, :], other=0.0)
+        w_once = tl.load(w_rows[:, None] + at[None, :], mask=(at < K)[None, :], other=0.0)
         if KIND != "":
             g_once = tl.load(g_ptr + at, mask=at < K, other=0.0).to(tl.float32)
     elif DEPENDENT and LINES > 0:
-        prefetch_rows(w_ptr, row, K, K, LINES)
+        first_rows = tl.minimum(n, N - 1).to(tl.int64)
+        prefetch_rows(w_ptr, first_rows, K, K, LINES)
+        if ACT != "":
+            prefetch_rows(up_ptr, first_rows, K, K, LINES)
     wait_for_previous(DEPENDENT)
+    if ADDEND:
+        addend = tl.load(addend_ptr + m.to(tl.int64) * N + n, mask=n < N, other=0.0).to(tl.float32)
+        if SHARE:
+            share = tl.sigmoid(tl.load(share_ptr + m).to(tl.float32))
     if KIND != "":
         if ONCE:
             x_once = _input(x_ptr, r_ptr, m, at, K, ldx, ADD)
@@ -72,7 +92,7 @@ def _outputs(
     acc = tl.zeros((R, BK), tl.float32)
     for k0 in tl.range(0, 1 if ONCE else K, BK):
         k = k0 + at
-        w = w_once if ONCE else tl.load(w_ptr + row[:, None] * K + k[None, :], mask=(k < K)[None, :], other=0.0)
+        w = w_once if ONCE else tl.load(w_rows[:, None] + k[None, :], mask=(k < K)[None, :], other=0.0)
         if KIND != "":
             x = x_once if ONCE else _input(x_ptr, r_ptr, m, k, K, ldx, ADD)
             g = g_once if ONCE else tl.load(g_ptr + k, mask=k < K, other=0.0).to(tl.float32)
@@ -87,7 +107,13 @@ def _outputs(
         acc += w.to(tl.float32) * x[None, :]
     y = tl.sum(acc, 1)
     if BIAS:
-        y += tl.load(b_ptr + row).to(tl.float32)
+        y += tl.load(b_rows).to(tl.float32)
+    if ACT != "":
+        gate, up = tl.split(tl.reshape(narrow(y, DT).to(tl.float32), (PER, 2)))
+        y = gated(gate, up, ACT, "mul", 0.0, 0.0)
+    if ADDEND:
+        y = narrow(y, DT).to(tl.float32)
+        y = addend + (y * share if SHARE else y)
     tl.store(y_ptr + m.to(tl.int64) * N + n, narrow(y, y_ptr.dtype.element_ty), mask=n < N)
 
 
@@ -98,11 +124,13 @@ def _either(second, a, b):
 
 @triton.jit
 def _rows_kernel(
-    x_ptr, r_ptr, g_ptr, normed_ptr, sum_ptr, w0, w1, w2, w3, b0, b1, b2, b3, y0, y1, y2, y3, N0, N1, N2, N3,
-    K, ldx, eps,
-    COUNT: tl.constexpr, KIND: tl.constexpr, ADD: tl.constexpr, BIAS: tl.constexpr, R: tl.constexpr, BK: tl.constexpr,
-    ONCE: tl.constexpr, LINES: tl.constexpr, DEPENDENT: tl.constexpr = False,
+    x_ptr, r_ptr, g_ptr, normed_ptr, sum_ptr, w0, w1, w2, w3, b0, b1, b2, b3, y0, y1, y2, y3, addend_ptr, share_ptr,
+    N0, N1, N2, N3, K, ldx, eps,
+    COUNT: tl.constexpr, KIND: tl.constexpr, ADD: tl.constexpr, BIAS: tl.constexpr, ACT: tl.constexpr,
+    ADDEND: tl.constexpr, SHARE: tl.constexpr, R: tl.constexpr, BK: tl.constexpr, ONCE: tl.constexpr,
+    LINES: tl.constexpr, DEPENDENT: tl.constexpr = False,
 ):  # fmt: skip
+    """COUNT results, each of the w and b of its number; with ACT one, of w0 and w1."""
     block, m = tl.program_id(0), tl.program_id(1)
     end0 = tl.cdiv(N0, R)
     end1 = end0 + tl.cdiv(N1, R)
@@ -120,8 +148,8 @@ def _rows_kernel(
         N, start = _either(block >= end2, N, N3), _either(block >= end2, start, end2)
     block -= start
     _outputs(
-        block, m, x_ptr, r_ptr, g_ptr, normed_ptr, sum_ptr, w, b, y, N, K, ldx, eps,
-        KIND, ADD, BIAS, R, BK, ONCE, LINES, DEPENDENT,
+        block, m, x_ptr, r_ptr, g_ptr, normed_ptr, sum_ptr, w, w1, b, b1, y, addend_ptr, share_ptr, N, K, ldx, eps,
+        KIND, ADD, BIAS, ACT, ADDEND, SHARE, R, BK, ONCE, LINES, DEPENDENT,
     )  # fmt: skip
 
 
@@ -144,55 +172,68 @@ def rows_config(total: int, K: int, device: torch.device) -> RowsConfig:
 
 @on_its_device
 def linear_rows(
-    x: torch.Tensor,
-    weights: Sequence[torch.Tensor],
-    biases: Sequence[torch.Tensor],
-    wide: bool = False,
-    out: Sequence[torch.Tensor] | None = None,
-    config: RowsConfig | None = None,
-) -> list[torch.Tensor]:
+    x: torch.Tensor, weights: Sequence[torch.Tensor], biases: Sequence[torch.Tensor], wide: bool = False, act: str = "",
+    out: Sequence[torch.Tensor] | None = None, config: RowsConfig | None = None,
+) -> list[torch.Tensor]:  # fmt: skip
     """x (…, K), weights (N, K) of x's dtype, at most four, biases (N,) for all or none: one (…, N) a weight, in x's
-    dtype or, ``wide``, in float32."""
-    ys = empty_results(x, weights, wide) if out is None else list(out)
-    _launch(x, None, None, 0.0, "", weights, biases, ys, x, x, config)
+    dtype or, ``wide``, in float32; with ``act`` one (…, N), act(gate)·up of two weights."""
+    ys = empty_results(x, weights, wide, act) if out is None else list(out)
+    _launch(x, None, None, 0.0, "", weights, biases, ys, x, x, config, act=act)
     return ys
 
 
 @on_its_device
 def norm_linear_rows(
     x: torch.Tensor, residual: torch.Tensor | None, norm: torch.Tensor, eps: float, kind: str,
-    weights: Sequence[torch.Tensor], biases: Sequence[torch.Tensor], wide: bool = False,
+    weights: Sequence[torch.Tensor], biases: Sequence[torch.Tensor], wide: bool = False, act: str = "",
     out: Sequence[torch.Tensor] | None = None, config: RowsConfig | None = None,
 ) -> list[torch.Tensor]:  # fmt: skip
-    """See ``ktfx.ops.linear_rows``: the normed x, with a residual the sum, then one result a weight, or into out."""
+    """See ``ktfx.ops.linear_rows``: the normed x, with a residual the sum, then what follows; or into out."""
     before = 1 if residual is None else 2
-    made = empty_norm_results(x, residual, weights, wide) if out is None else list(out)
-    _launch(x, residual, norm, eps, kind, weights, biases, made[before:], made[0], made[before - 1], config)
+    made = empty_norm_results(x, residual, weights, wide, act) if out is None else list(out)
+    _launch(x, residual, norm, eps, kind, weights, biases, made[before:], made[0], made[before - 1], config, act=act)
     return made
+
+
+@on_its_device
+def linear_rows_add(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, addend: torch.Tensor,
+    share: torch.Tensor | None = None, out: torch.Tensor | None = None, config: RowsConfig | None = None,
+) -> torch.Tensor:  # fmt: skip
+    """See ``ktfx.ops.linear_rows``: addend (rows of N) + x·weightᵀ, the product times sigmoid(share); or into out."""
+    y = addend.new_empty(addend.shape) if out is None else out
+    biases = [] if bias is None else [bias]
+    _launch(x, None, None, 0.0, "", [weight], biases, [y], x, x, config, addend=addend.contiguous(), share=share)
+    return y
 
 
 def _launch(
     x: torch.Tensor, residual: torch.Tensor | None, norm: torch.Tensor | None, eps: float, kind: str,
     weights: Sequence[torch.Tensor], biases: Sequence[torch.Tensor], ys: Sequence[torch.Tensor], normed_x: torch.Tensor,
-    total: torch.Tensor, config: RowsConfig | None,
+    total: torch.Tensor, config: RowsConfig | None, act: str = "", addend: torch.Tensor | None = None,
+    share: torch.Tensor | None = None,
 ) -> None:  # fmt: skip
     K = x.shape[-1]
     flat = x.reshape(-1, K)
     if flat.stride(-1) != 1:
         flat = flat.contiguous()
-    M, count = flat.shape[0], len(weights)
+    M = flat.shape[0]
     if M == 0:
         return
     ws = [w.contiguous() for w in weights]
     bs = [b.contiguous() for b in biases] or ws
     sizes = [w.shape[0] for w in ws]
     c = config or rows_config(sum(sizes), K, x.device)
+    R = max(c.R, 2) if act else c.R
+    programs = cdiv(sizes[0], R // 2) if act else sum(cdiv(n, R) for n in sizes)
     lines = pow2(cdiv(K * x.element_size(), 128))
-    _rows_kernel[(sum(cdiv(n, c.R) for n in sizes), M)](
+    _rows_kernel[(programs, M)](
         flat, flat if residual is None else residual.contiguous(), flat if norm is None else norm, normed_x, total,
-        *_padded(ws), *_padded(bs), *_padded(list(ys)), *_padded(sizes), K, flat.stride(0), eps,
-        COUNT=count, KIND=kind, ADD=residual is not None, BIAS=bool(biases), R=c.R, BK=c.BK, ONCE=c.BK >= K,
-        LINES=lines if lines <= 256 else 0, num_warps=c.num_warps, **dependent(x.device),
+        *_padded(ws), *_padded(bs), *_padded(list(ys)), ys[0] if addend is None else addend,
+        flat if share is None else share.contiguous(), *_padded(sizes), K, flat.stride(0), eps,
+        COUNT=len(ys), KIND=kind, ADD=residual is not None, BIAS=bool(biases), ACT=act, ADDEND=addend is not None,
+        SHARE=share is not None, R=R, BK=c.BK, ONCE=c.BK >= K, LINES=lines if lines <= 256 else 0,
+        num_warps=c.num_warps, **dependent(x.device),
     )  # fmt: skip
 
 
