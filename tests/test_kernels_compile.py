@@ -126,6 +126,17 @@ def quantised(
         routed_experts(spec, torch.zeros(T, H, dtype=BF16), ids, share, parts, pairs=pairs)
 
 
+def descriptors() -> None:
+    """Plain weights in tiles of 128 inputs, as on Hopper."""
+    from ktfx.triton_kernels.experts import TilesConfig, routed_experts
+
+    spec = ExpertsSpec(2, 192, 64)
+    packed = [torch.ones(2, 128, 192, dtype=BF16), torch.ones(2, 192, 64, dtype=BF16)]
+    ids, share = torch.zeros(256, 2, dtype=torch.int64), torch.ones(256, 2, dtype=BF16)
+    configs = TilesConfig(128, 128, 64, 8, 8, 4, tma=True), TilesConfig(128, 256, 64, 8, 8, 4, tma=True)
+    routed_experts(spec, torch.zeros(256, 192, dtype=BF16), ids, share, packed, pairs=False, configs=configs)
+
+
 def tiles(weights: str, tokens: tuple[int, ...]) -> None:
     """So many rows an expert; a tile of 64 has another half for an expert's last rows."""
     quantised(weights, 12, (2, 192, 192), tokens, pairs=False)
@@ -142,6 +153,7 @@ CASES: dict[str, tuple[Callable[[], None], set[str]]] = {
         w: (partial(quantised, w), {"_rows_kernel", "_pairs_up_kernel", "_pairs_down_kernel"})
         for w in ("model", "int4", "int4zp", "int8", "mxfp4", "fp8")
     },
+    "descriptors": (descriptors, {"_up_kernel", "_down_kernel"}),
     **{f"every tile {w}": (partial(tiles, w, (16, 48)), TILES) for w in FORMATS},
 }
 SLOW = {case: pytest.mark.slow for case in CASES if case.startswith("every tile")}
@@ -166,6 +178,15 @@ def test_products_of_unpacked_weights(weights: str, compiled: list[tuple[str, An
         assert overwritten(sass) == []
         waits = products_a_wait(sass)
         assert waits and min(waits) >= 4
+
+
+def test_descriptors_feed_wide_products(compiled: list[tuple[str, Any]]) -> None:
+    """The copy engine's loads, and products of 256 weight rows with both operands in shared memory."""
+    load_ops()
+    descriptors()
+    code = {name: kernel.asm["sass"] for name, kernel in compiled}
+    for name in ("_up_kernel", "_down_kernel"):
+        assert "UTMALDG" in code[name] and "HGMMA.64x256x16" in code[name] and "STL" not in code[name]
 
 
 LOOP = """

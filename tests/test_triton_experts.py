@@ -133,6 +133,58 @@ def test_an_experts_last_rows_take_half_a_tile_where_they_fit(weights: str) -> N
     assert_close(out, reference_experts(spec, x.double(), ids, share.double(), plain), torch.bfloat16)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    "extra",
+    [
+        {},
+        {"gate": "clamped", "alpha": 1.5, "limit": 0.5, "has_bias": True, "transposed": True, "interleaved": True},
+        {"gate": "none", "activation": "relu2", "has_bias": True},
+    ],
+    ids=["gated", "gpt-oss", "no-gate"],
+)
+def test_plain_weights_by_descriptors(extra: dict[str, Any], dtype: torch.dtype) -> None:
+    """H and I are no whole tiles, so tiles read past an expert: expert 3, all NaN, follows 2 and gets no token."""
+    from ktfx.triton_kernels import experts
+    from ktfx.triton_kernels.launch import takes_descriptors
+
+    if not takes_descriptors(torch.device(DEVICE)):
+        pytest.skip("no descriptors before Hopper")
+    spec = ExpertsSpec(5, 192, 64, **extra)
+    kernel = experts_kernel("triton")
+    packed = kernel.pack(spec, make(spec, dtype), DEVICE)
+    exact_weights = {k: v.nan_to_num() for k, v in exactly(spec, packed).items()}
+    for tensor in packed:
+        tensor[3] = float("nan")
+    T = 40 if INTERPRETED else 300
+    x = normal(T, spec.hidden, dtype=dtype)
+    ids = torch.tensor([[2, 0], [4, 2], [2, 1], [9, 2]], device=DEVICE).repeat(T // 4, 1)
+    weights = torch.rand(T, 2, device=DEVICE)
+    known = torch.where(ids < 5, weights, 0.0).double()
+    exact = reference_experts(spec, x.double(), ids.clamp(max=4), known, exact_weights)
+    block = 32 if INTERPRETED else 128
+    up = experts.TilesConfig(block, 256 // experts.up_parts(spec), 64, 2, 8, 3, tma=True)
+    down = experts.TilesConfig(block, 128, 64, 2, 8, 3, tma=True)
+    assert all(experts.weight_of(spec, packed, i).takes_tma(dtype) for i in (0, 1))
+    out = poisoned(x)
+    experts.routed_experts(spec, x, ids, weights, packed, pairs=False, configs=(up, down), out=out)
+    assert_close(out, exact, dtype)
+
+
+@pytest.mark.parametrize(("hidden", "intermediate"), [(192, 64), (200, 64), (192, 72)])
+def test_descriptors_need_whole_steps(hidden: int, intermediate: int) -> None:
+    from ktfx.triton_kernels import experts
+    from ktfx.triton_kernels.launch import takes_descriptors
+
+    spec = ExpertsSpec(4, hidden, intermediate)
+    packed = experts_kernel("triton").pack(spec, make(spec, torch.bfloat16), DEVICE)
+    takes = [experts.weight_of(spec, packed, i).takes_tma(torch.bfloat16) for i in (0, 1)]
+    serves = takes_descriptors(torch.device(DEVICE))
+    assert takes == [serves and hidden % 64 == 0, serves and intermediate % 64 == 0]
+    assert not experts.weight_of(spec, packed, 0).takes_tma(torch.float32)
+    assert [c.tma for c in experts.tiles_choice(spec, packed, 128, torch.bfloat16)] == takes
+
+
 @pytest.mark.parametrize("pairs", [True, False], ids=["pairs", "tiles"])
 def test_ids_out_of_range_contribute_nothing(pairs: bool) -> None:
     from ktfx.triton_kernels import experts

@@ -23,7 +23,7 @@ import triton
 import triton.language as tl
 from ktfx.triton_kernels.dependent_launch import dependent, prefetch_rows, wait_for_previous
 from ktfx.triton_kernels.dequant import activation, gated, narrow
-from ktfx.triton_kernels.grouping import group_pairs
+from ktfx.triton_kernels.grouping import PairTiles, group_pairs, tile_of
 from ktfx.triton_kernels.launch import cdiv, on_its_device, pow2
 from ktfx.triton_kernels.matmul import (
     StoredWeight,
@@ -39,6 +39,7 @@ from ktfx.triton_kernels.matmul import (
     stored_weight,
     tile_shape,
 )
+from ktfx.triton_kernels.plain_experts import plain_tiles
 
 from ktfx.ops.experts import ExpertsSpec
 from ktfx.tuning import bucket, remembered
@@ -125,18 +126,6 @@ def _pairs_down_kernel(
 
 
 @triton.jit
-def _tile_of(tiles_ptr, max_tiles, n_tiles, GROUP: tl.constexpr):
-    """Programs in groups of GROUP tiles that share weight rows in L2: (expert, first pair, count, n tile)."""
-    pid = tl.program_id(0)
-    in_group = GROUP * n_tiles
-    first_tile = pid // in_group * GROUP
-    size = tl.minimum(max_tiles - first_tile, GROUP)
-    tile = first_tile + pid % in_group % size
-    info = tiles_ptr + tile * 3
-    return tl.load(info).to(tl.int64), tl.load(info + 1), tl.load(info + 2), pid % in_group // size
-
-
-@triton.jit
 def _tile_up(
     x_ptr, order_ptr, w_ptr, s_ptr, z_ptr, b_ptr, h_ptr, e, first, count, n_tile,
     H, inter, ldw, lds, alpha, limit,
@@ -178,9 +167,10 @@ def _tiles_up_kernel(
     BIAS: tl.constexpr, NATIVE: tl.constexpr, PAIRED: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
     BK: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
-    e, first, count, n_tile = _tile_of(tiles_ptr, max_tiles, n_tiles, GROUP)
+    e, first, count, n_tile = tile_of(tiles_ptr, max_tiles, n_tiles, GROUP)
     if count <= 0:
         return
+    e = e.to(tl.int64)
     # An expert's last tile is half empty half the time.
     if BM > 16 and count <= BM // 2:
         _tile_up(
@@ -228,9 +218,10 @@ def _tiles_down_kernel(
     FMT: tl.constexpr, G: tl.constexpr, BIAS: tl.constexpr, NATIVE: tl.constexpr, PAIRED: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
-    e, first, count, n_tile = _tile_of(tiles_ptr, max_tiles, n_tiles, GROUP)
+    e, first, count, n_tile = tile_of(tiles_ptr, max_tiles, n_tiles, GROUP)
     if count <= 0:
         return
+    e = e.to(tl.int64)
     if BM > 16 and count <= BM // 2:
         _tile_down(
             h_ptr, order_ptr, w_ptr, s_ptr, z_ptr, b_ptr, y_ptr, e, first, count, n_tile,
@@ -268,7 +259,10 @@ class PairsConfig:
 
 @dataclass(frozen=True)
 class TilesConfig:
-    """BM pairs and BN weight rows a tile, BK values of k a step, GROUP tiles that share weight rows in L2."""
+    """BM pairs and BN weight rows a tile, BK values of k a step, GROUP tiles that share weight rows in L2.
+
+    tma: by ``plain_experts``, where both weights and the inputs allow it.
+    """
 
     BM: int
     BN: int
@@ -276,6 +270,7 @@ class TilesConfig:
     GROUP: int
     num_warps: int
     num_stages: int
+    tma: bool = False
 
 
 PairsPair = tuple[PairsConfig, PairsConfig]
@@ -305,7 +300,10 @@ def tiles_config(weight: StoredWeight, rows_an_expert: float, dtype: torch.dtype
     """parts: how many weight rows each of the BN rows stands for (2 for gate and up)."""
     BM = 16 if rows_an_expert <= 16 else 32 if rows_an_expert <= 32 else 64 if rows_an_expert <= 96 else 128
     shape = tile_shape(weight, dtype, BM, parts)
-    return TilesConfig(BM, shape.BN, shape.BK, 8, shape.num_warps, shape.num_stages)
+    config = TilesConfig(BM, shape.BN, shape.BK, 8, shape.num_warps, shape.num_stages)
+    if BM < 128 or not weight.takes_tma(dtype):
+        return config
+    return replace(config, BN=256 // parts, num_stages=4, tma=True)
 
 
 def weight_of(spec: ExpertsSpec, packed: Sequence[torch.Tensor], which: int) -> StoredWeight:
@@ -375,13 +373,15 @@ def neighbours(config: PairsConfig | TilesConfig) -> list[PairsConfig | TilesCon
     tiles += [replace(c, num_stages=c.num_stages + d) for d in (-1, 1)] + [replace(c, num_warps=12 - c.num_warps)]
     # Two programs a multiprocessor, where one unpacks while the other multiplies.
     tiles += [replace(c, BN=int(c.BN * f), num_warps=int(c.num_warps * f)) for f in (0.5, 2)]
-    return [t for t in tiles if t.BN >= 32 and t.BK >= 32 and t.num_warps in (4, 8)]
+    tiles = [t for t in tiles if t.BN >= 32 and t.BK >= 32 and t.num_warps in (4, 8)]
+    return [t for t in tiles if not t.tma or (t.BN <= 256 and t.BK <= 64)]
 
 
 def fits(config: PairsConfig | TilesConfig, weight: StoredWeight, first: PairsConfig | TilesConfig) -> bool:
     """Whether a candidate makes sense for a weight (whole groups a step) beside the first kernel's block of pairs."""
     if isinstance(config, TilesConfig):
-        return weight.whole_groups(config.BK) and isinstance(first, TilesConfig) and config.BM == first.BM
+        serves = weight.whole_groups(config.BK) and (not config.tma or weight.takes_tma(weight.data.dtype))
+        return serves and isinstance(first, TilesConfig) and config.BM == first.BM
     return weight.group <= config.BK and config.BK % max(weight.group, 1) == 0
 
 
@@ -463,12 +463,26 @@ def _run_tiles(
     down: StoredWeight, biases: Sequence[torch.Tensor], out: torch.Tensor, first: TilesConfig, second: TilesConfig,
 ) -> None:  # fmt: skip
     (T, H), K, inter, E = x.shape, ids.shape[1], spec.intermediate, spec.num_experts
-    L = up_parts(spec)
     S = T * K
     if second.BM != first.BM:
         second = replace(second, BM=first.BM)  # both walk the same tiles
     grouped = group_pairs(ids, E, first.BM)
     h = torch.empty(S, inter, dtype=x.dtype, device=x.device)
+    y = torch.empty(S, H, dtype=x.dtype, device=x.device)
+    if first.tma and second.tma:
+        plain_tiles(spec, x, K, grouped, up, down, biases, h, y, first, second)
+    else:
+        _stored_tiles(spec, x, K, grouped, up, down, biases, h, y, first, second)
+    BH = min(1024, pow2(H))
+    _combine_kernel[(T, cdiv(H, BH))](y, ids, weights, out, E, H, TOPK=K, KP=pow2(K), BH=BH, num_warps=4)
+
+
+def _stored_tiles(
+    spec: ExpertsSpec, x: torch.Tensor, K: int, grouped: PairTiles, up: StoredWeight, down: StoredWeight,
+    biases: Sequence[torch.Tensor], h: torch.Tensor, y: torch.Tensor, first: TilesConfig, second: TilesConfig,
+) -> None:  # fmt: skip
+    """h (S, I) and y (S, H) of all pairs, for weights in any format."""
+    H, inter, L = spec.hidden, spec.intermediate, up_parts(spec)
     n_tiles = cdiv(inter, first.BN)
     _tiles_up_kernel[(grouped.max_tiles * n_tiles,)](
         x, grouped.order, grouped.tiles, up.data, up.scales, up.zeros, biases[0], h,
@@ -476,7 +490,6 @@ def _run_tiles(
         TOPK=K, L=L, ACT=spec.activation, GATE=spec.gate, BM=first.BM, BN=first.BN, GROUP=first.GROUP,
         num_warps=first.num_warps, num_stages=first.num_stages, BIAS=spec.has_bias, **up.tile_constants(x, first.BK),
     )  # fmt: skip
-    y = torch.empty(S, H, dtype=x.dtype, device=x.device)
     n_tiles = cdiv(H, second.BN)
     _tiles_down_kernel[(grouped.max_tiles * n_tiles,)](
         h, grouped.order, grouped.tiles, down.data, down.scales, down.zeros, biases[1], y,
@@ -485,5 +498,3 @@ def _run_tiles(
         num_warps=second.num_warps, num_stages=second.num_stages, BIAS=spec.has_bias,
         **down.tile_constants(h, second.BK),
     )  # fmt: skip
-    BH = min(1024, pow2(H))
-    _combine_kernel[(T, cdiv(H, BH))](y, ids, weights, out, E, H, TOPK=K, KP=pow2(K), BH=BH, num_warps=4)

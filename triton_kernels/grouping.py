@@ -66,6 +66,18 @@ def _place_kernel(
         tl.store(tiles_ptr + (first + at) * 3 + 2, 0, mask=first + at < max_tiles)
 
 
+@triton.jit
+def tile_of(tiles_ptr, max_tiles, n_tiles, GROUP: tl.constexpr):
+    """Programs in groups of GROUP tiles that share weight rows in L2: (expert, first pair, count, n tile)."""
+    pid = tl.program_id(0)
+    in_group = GROUP * n_tiles
+    first_tile = pid // in_group * GROUP
+    size = tl.minimum(max_tiles - first_tile, GROUP)
+    tile = first_tile + pid % in_group % size
+    info = tiles_ptr + tile * 3
+    return tl.load(info), tl.load(info + 1), tl.load(info + 2), pid % in_group // size
+
+
 @dataclass(frozen=True)
 class PairTiles:
     """order: int32 (S,), pairs t·K + k sorted by expert, stable; tiles: int32 (max_tiles, 3): expert, first, count."""

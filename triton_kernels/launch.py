@@ -50,6 +50,12 @@ def native_fp8(device: torch.device) -> bool:
 
 
 @lru_cache
+def takes_descriptors(device: torch.device) -> bool:
+    """Whether a GPU fetches tiles of a tensor by descriptor (TMA: Hopper and later); the interpreter does."""
+    return interpreted() or (device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0))
+
+
+@lru_cache
 def sm_count(device: torch.device) -> int:
     """Streaming multiprocessors of a GPU; 1 in the interpreter."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1

@@ -120,11 +120,11 @@ class LinearConfig:
 
 def linear_config(weight: StoredWeight, M: int, N: int, K: int, dtype: torch.dtype) -> LinearConfig:
     """A choice by shape alone; ``ktfx.tuning`` may know a better one."""
-    if M <= 8 and weight.small_integers and dtype.itemsize == 2:
+    if M <= 4 and weight.small_integers and dtype.itemsize == 2:
         run = integer_run(weight)
         BK = step_of(K, (4 * run, 2 * run, run))
         R = 8 if weight.fmt == "int8" and N >= 4096 and M <= 2 else 4
-        return LinearConfig(True, R=R, BM=min(4, pow2(M)), BK=BK, num_warps=BK // run, num_stages=1)
+        return LinearConfig(True, R=R, BM=pow2(M), BK=BK, num_warps=BK // run, num_stages=1)
     if M <= 2:
         BK = min(1024 if weight.nibbles else 512, max(pow2(K), 16))
         return LinearConfig(True, R=4, BM=1, BK=max(BK, weight.group), num_stages=1)

@@ -25,7 +25,7 @@ from ktfx.triton_kernels.dequant import (
     settled,
 )
 from ktfx.triton_kernels.integer_rows import integer_inputs, multiply_integers
-from ktfx.triton_kernels.launch import bytes_view, cdiv, native_fp8, pow2, shared_memory
+from ktfx.triton_kernels.launch import bytes_view, cdiv, native_fp8, pow2, shared_memory, takes_descriptors
 from ktfx.triton_kernels.paired_values import E4M3_UNIT, e4m3_byte, e4m3_scales, int8_byte, paired_nibbles
 
 from ktfx.formats import FP8_BLOCK, parse_format
@@ -227,6 +227,12 @@ class StoredWeight:
         """Whether ``multiply_integers`` serves: a format of 4 or 8 bits in whole 16-byte runs, inputs of 16 bits."""
         whole_runs = self.ldw % 16 == 0 and self.data.data_ptr() % 4 == 0
         return self.small_integers and whole_runs and x.element_size() == 2
+
+    def takes_tma(self, dtype: torch.dtype) -> bool:
+        """Whether ``plain_experts`` serves: rows of 16-bit values as x has them, whole steps of 64, aligned alike."""
+        plain = self.fmt == "model" and dtype.itemsize == 2 and self.data.dtype == dtype
+        whole = self.ldw % 64 == 0 and self.data.data_ptr() % 16 == 0 and self.data.is_contiguous()
+        return plain and whole and takes_descriptors(self.data.device)
 
     def whole_groups(self, step: int) -> bool:
         """Whether steps of a tile's loop are parts of a group, or whole groups (of nibbles alone)."""
