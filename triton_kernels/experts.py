@@ -28,7 +28,6 @@ from ktfx.triton_kernels.launch import cdiv, on_its_device, pow2
 from ktfx.triton_kernels.matmul import (
     StoredWeight,
     accumulator,
-    finished,
     integer_run,
     load_inputs,
     multiply_rows,
@@ -146,7 +145,8 @@ def _tile_up(
     for k0 in tl.range(0, H, BK):
         x = load_inputs(x_ptr, xrow, there, k0, H, BK)
         acc = multiply_tile(acc, x, w_ptr, s_ptr, z_ptr, row, srow, ok, k0, H, ldw, lds, FMT, G, BK, NATIVE, PAIRED)
-    acc = finished(acc, s_ptr, srow, ok, FMT, PAIRED)
+    if FMT == "int8":
+        acc *= tl.load(s_ptr + srow, mask=ok, other=0.0)[:, None]
     if BIAS:
         acc += tl.load(b_ptr + row, mask=ok, other=0.0).to(tl.float32)[:, None]
     if L == 2:
@@ -202,7 +202,8 @@ def _tile_down(
     for i0 in tl.range(0, inter, BK):
         h = load_inputs(h_ptr, hrow, there, i0, inter, BK)
         acc = multiply_tile(acc, h, w_ptr, s_ptr, z_ptr, row, srow, ok, i0, inter, ldw, lds, FMT, G, BK, NATIVE, PAIRED)
-    acc = finished(acc, s_ptr, srow, ok, FMT, PAIRED)
+    if FMT == "int8":
+        acc *= tl.load(s_ptr + srow, mask=ok, other=0.0)[:, None]
     if BIAS:
         acc += tl.load(b_ptr + row, mask=ok, other=0.0).to(tl.float32)[:, None]
     pair = tl.load(order_ptr + first + m, mask=there, other=0).to(tl.int64)

@@ -18,7 +18,6 @@ from ktfx.triton_kernels.launch import cdiv, interpreted, on_its_device, pow2, s
 from ktfx.triton_kernels.matmul import (
     StoredWeight,
     accumulator,
-    finished,
     integer_run,
     load_inputs,
     multiply_rows,
@@ -82,7 +81,8 @@ def _tiles_kernel(
     for k0 in tl.range(part * span, tl.minimum((part + 1) * span, K), BK):
         x = load_inputs(x_ptr, xrow, there, k0, K, BK)
         acc = multiply_tile(acc, x, w_ptr, s_ptr, z_ptr, row, srow, ok, k0, K, ldw, lds, FMT, G, BK, NATIVE, PAIRED)
-    acc = finished(acc, s_ptr, srow, ok, FMT, PAIRED)
+    if FMT == "int8":
+        acc *= tl.load(s_ptr + n, mask=ok, other=0.0)[:, None]
     at = m.to(tl.int64)[None, :] * N + n[:, None]
     if SPLIT > 1:
         tl.store(y_ptr + part.to(tl.int64) * M * N + at, acc, mask=ok[:, None] & there[None, :])

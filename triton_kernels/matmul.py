@@ -26,7 +26,7 @@ from ktfx.triton_kernels.dequant import (
 )
 from ktfx.triton_kernels.integer_rows import integer_inputs, multiply_integers
 from ktfx.triton_kernels.launch import bytes_view, cdiv, native_fp8, pow2, shared_memory, takes_descriptors
-from ktfx.triton_kernels.paired_values import E4M3_UNIT, e4m3_byte, e4m3_scales, int8_byte, paired_nibbles
+from ktfx.triton_kernels.paired_values import int8_byte, paired_nibbles
 
 from ktfx.formats import FP8_BLOCK, parse_format
 
@@ -144,7 +144,7 @@ def multiply_tile(
     acc, x, w_ptr, s_ptr, z_ptr, row, srow, ok, k0, K, ldw, lds,
     FMT: tl.constexpr, G: tl.constexpr, BK: tl.constexpr, NATIVE: tl.constexpr, PAIRED: tl.constexpr,
 ):  # fmt: skip
-    """acc (BN, BM) += w[row, k0:k0+BK] · x; weights become x's dtype, scales and all but for ``finished``.
+    """acc (BN, BM) += w[row, k0:k0+BK] · x; weights become x's dtype, scales and all (int8's scale is the caller's).
 
     PAIRED: two stored bytes at a time become x's 16 bits without a way through float32 (``StoredWeight.paired``).
     """
@@ -157,20 +157,11 @@ def multiply_tile(
         # 16 bytes hold 32 neighbours, the first 16 in their low halves: joined so, the order is x's own, and with one
         # product an accumulator it runs beside the next step's unpacking.
         w = tl.join(low, high).permute(0, 1, 3, 2).reshape(row.shape[0], BK)
-    elif PAIRED:
-        # Runs of 16 bytes, outside the rows: copied to shared memory whole and past L1, read there without conflicts.
-        # Of (BN, BK) bytes Triton swizzles 8, and copies of 8 go through L1.
-        run, c = k0 // 16 + tl.arange(0, BK // 16), tl.arange(0, 8)
-        k = run[:, None, None] * 8 + c[None, None, :]
-        words = w_ptr.to(tl.pointer_type(tl.uint16)) + row[None, :, None] * (ldw // 2)
-        data = tl.load(words + k, mask=ok[None, :, None] & (k < K // 2), other=0)
-        data = data.permute(1, 0, 2).reshape(row.shape[0], BK // 2)
-        if FMT == "fp8":
-            data = e4m3_scales(data, load_group_scale(s_ptr, srow * lds + k0 // G, ok, FMT)[:, None])
-            w = tl.join(e4m3_byte(data, False), e4m3_byte(data, True)).reshape(row.shape[0], BK)
-        else:
-            data = data.to(tl.int32)
-            w = tl.join(int8_byte(data, False), int8_byte(data, True)).reshape(row.shape[0], BK)
+    elif FMT == "int8" and PAIRED:
+        k = k0 // 2 + tl.arange(0, BK // 2)
+        words = w_ptr.to(tl.pointer_type(tl.uint16)) + row[:, None] * (ldw // 2)
+        data = tl.load(words + k[None, :], mask=ok[:, None] & (k < K // 2)[None, :], other=0).to(tl.int32)
+        w = tl.join(int8_byte(data, False), int8_byte(data, True)).reshape(row.shape[0], BK)
     else:
         k = k0 + tl.arange(0, BK)
         w = tl.load(w_ptr + row[:, None] * ldw + k[None, :], mask=ok[:, None] & (k < K)[None, :], other=0)
@@ -179,16 +170,6 @@ def multiply_tile(
         w = narrow(w, DT)
     acc = product(w, x, acc)
     return acc if FMT == "model" else settled(acc)
-
-
-@triton.jit
-def finished(acc, s_ptr, srow, ok, FMT: tl.constexpr, PAIRED: tl.constexpr):
-    """What ``multiply_tile`` has summed, with the factors that a whole row shares."""
-    if FMT == "int8":
-        acc *= tl.load(s_ptr + srow, mask=ok, other=0.0)[:, None]
-    elif FMT == "fp8" and PAIRED:
-        acc *= 1.0 / E4M3_UNIT
-    return acc
 
 
 @dataclass(frozen=True)
@@ -241,12 +222,11 @@ class StoredWeight:
     def paired(self, dtype: torch.dtype, step: int) -> bool:
         """Whether ``multiply_tile`` unpacks two bytes at a time for inputs of a dtype.
 
-        The dtype holds codes and, of nibbles, scales exactly, one word holds a step's scales of a row, and words lie at
-        whole words.
+        The dtype holds codes and scales exactly, one word holds a step's scales of a row, and words lie at whole words.
         """
         if self.data.data_ptr() % 2 or (self.nibbles and (self.scales.data_ptr() | self.zeros.data_ptr()) % 4):
             return False
-        if self.fmt in ("int8", "fp8"):
+        if self.fmt == "int8":
             return dtype == torch.bfloat16 and self.ldw % 2 == 0
         groups = max(step // max(self.group, 1), 1)
         one_word = self.lds % groups == 0 and groups * self.scales.element_size() <= 4

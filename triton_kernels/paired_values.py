@@ -2,11 +2,10 @@
 
 Unpacking runs on the ordinary units beside the tensor cores' products, so instructions a value decide how fast a
 quantised tile is: about two here, by operations on two 16-bit numbers at once, where the way through float32
-(``dequant``) takes three (fp8, which Hopper converts itself) to six. Values come in the layout that tensor cores take
-their left operand in, from shared memory to registers without a way back: Triton moves a chain of operations there if
-all work element by element, inline assembly has one operand and one result, and its leaves are loads. That is why
-scales travel in the upper half of the word with their bytes, and why the two results of a word are written as two
-operations.
+(``dequant``) takes six. Values come in the layout that tensor cores take their left operand in, from shared memory to
+registers without a way back: Triton moves a chain of operations there if all work element by element, inline assembly
+has one operand and one result, and its leaves are loads. That is why scales travel in the upper half of the word with
+their bytes, and why the two results of a word are written as two operations.
 """
 
 from __future__ import annotations
@@ -127,54 +126,6 @@ def int8_byte(w, SECOND: tl.constexpr):
     else:
         bits = tl.inline_asm_elementwise(
             pair_asm(int8_steps(), SECOND), "=h,r", [w], dtype=tl.int16, is_pure=True, pack=1
-        )
-        value = bits.to(tl.bfloat16, bitcast=True)
-    return value
-
-
-E4M3_UNIT = tl.constexpr(2.0**-64)  # of what ``e4m3_byte`` gives: see there
-E4M3_FACTOR = tl.constexpr(2.0 ** (120 - 64))
-
-
-@triton.constexpr_function
-def e4m3_steps() -> str:
-    return (
-        "mov.b64 {word, scale}, $1; mov.b32 zero, 0x80008000; prmt.b32 bytes, word, 0, 0x9180; shl.b32 bytes, bytes, 4;"
-        " and.b32 value, bytes, 0x87f087f0; and.b32 less, scale, 0xffff0000; sub.rn.f32 less, scale, less;"
-        " prmt.b32 less, less, 0, 0x3232; prmt.b32 scale, scale, 0, 0x3232;"
-        " fma.rn.bf16x2 less, value, less, zero; fma.rn.bf16x2 value, value, scale, less;"
-    )
-
-
-@triton.jit
-def e4m3_scales(data, scale):
-    """What ``e4m3_byte`` takes: uint16 pairs of bytes (R, …) with the float32 scale of their row (R, 1)."""
-    bits = (scale * E4M3_FACTOR).to(tl.int32, bitcast=True)
-    return data.to(tl.int64) | (bits.to(tl.int64) << 32)
-
-
-@triton.jit
-def e4m3_byte(w, SECOND: tl.constexpr):
-    """One of two e4m3 times a float32 scale and E4M3_UNIT, rounded once: bfloat16. w: from ``e4m3_scales``.
-
-    A byte's sign and its seven other bits, moved to a bfloat16's, are a number whose exponent is too small by 120,
-    subnormal where e4m3's is. The scale makes up for it as two bfloat16, its upper half and what is left: a product
-    with the smaller, rounded, joins the exact product with the greater before the one rounding that counts. With 120
-    in it the scale would leave bfloat16's range from 2⁸ on; with E4M3_UNIT it may be 2⁷², and codes of blocks of 2⁻⁶⁹
-    keep all their bits. Two and a half instructions a value. The two codes for NaN are 480 (the way through float32
-    has them so too where a GPU knows no e4m3).
-    """
-    if INTERPRETED:
-        byte = (w >> (8 * SECOND)).to(tl.int32)
-        code = (((byte & 128) << 24) | ((byte & 127) << 20)).to(tl.float32, bitcast=True)
-        scale = (w >> 32).to(tl.int32)
-        high = (scale & -65536).to(tl.float32, bitcast=True)
-        low = (scale.to(tl.float32, bitcast=True) - high).to(tl.int32, bitcast=True) & -65536
-        rest = narrow(code * low.to(tl.float32, bitcast=True), tl.bfloat16).to(tl.float32)
-        value = narrow(code * high + rest, tl.bfloat16)
-    else:
-        bits = tl.inline_asm_elementwise(
-            pair_asm(e4m3_steps(), SECOND), "=h,l", [w], dtype=tl.int16, is_pure=True, pack=1
         )
         value = bits.to(tl.bfloat16, bitcast=True)
     return value
