@@ -290,7 +290,8 @@ def pairs_config(weight: StoredWeight, K: int, leading: int, dtype: torch.dtype,
             return PairsConfig(R=(4 if T == 1 else 8) // rows, BK=run, num_warps=1)
         if T > 1:
             return PairsConfig(R=4, BK=run // 2, num_warps=max(1, rows // 2))
-        return PairsConfig(R=8, BK=run, num_warps=min(16, rows))
+        # mxfp4's look-ups keep more in registers: fewer, longer programs (Qwen3's layer 13.9 against 15.9 µs).
+        return PairsConfig(R=8, BK=run, num_warps=max(4, min(16, rows // 2 if weight.fmt == "mxfp4" else rows)))
     BK = step_of(K, (512, 256, 128)) if K > 128 else max(pow2(K), 16)
     if weight.grouped:
         BK = max(BK, weight.group)
