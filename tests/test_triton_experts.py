@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -133,6 +134,25 @@ def test_an_experts_last_rows_take_half_a_tile_where_they_fit(weights: str) -> N
     assert_close(out, reference_experts(spec, x.double(), ids, share.double(), plain), torch.bfloat16)
 
 
+@pytest.mark.parametrize("weights", ["model", "int8", "int4", "mxfp4", "fp8"])
+def test_tiles_that_take_some_more_pairs(weights: str) -> None:
+    """37 = 32 + 5 rows in one tile, 70 = 48 + 22 in two, 32 and 7 as ever; gates, biases and all."""
+    from ktfx.triton_kernels import experts
+
+    spec = ExpertsSpec(4, 64, 32, weights=weights, gate="clamped", has_bias=True)
+    kernel = experts_kernel("triton")
+    packed = kernel.pack(spec, make(spec, torch.bfloat16), DEVICE)
+    counts = {0: 37, 1: 70, 2: 32, 3: 7}
+    ids = torch.cat([torch.full((n,), e) for e, n in counts.items()])
+    ids = ids[torch.randperm(len(ids), generator=torch.Generator().manual_seed(1))].to(DEVICE)[:, None]
+    x, share = normal(len(ids), 64, dtype=torch.bfloat16), torch.rand(len(ids), 1, device=DEVICE)
+    plain = {k: v.to(torch.bfloat16).double() for k, v in kernel.dequantised(spec, packed).items()}
+    out = poisoned(x)
+    chosen = tuple(replace(c, MORE=16) for c in configs(spec, False, 32))
+    experts.routed_experts(spec, x, ids, share, packed, pairs=False, configs=chosen, out=out)
+    assert_close(out, reference_experts(spec, x.double(), ids, share.double(), plain), torch.bfloat16)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(
     "extra",
@@ -243,19 +263,22 @@ def test_any_shape(
 
 
 @pytest.mark.parametrize("shape", [(1, 1, 1), (40, 7, 16), (300, 5, 16), (530, 130, 32)], ids=str)
-def test_grouping_sorts_stably_and_covers_every_pair_once(shape: tuple[int, int, int]) -> None:
+@pytest.mark.parametrize("more", [0, 16])
+def test_grouping_sorts_stably_and_covers_every_pair_once(shape: tuple[int, int, int], more: int) -> None:
     from ktfx.triton_kernels.grouping import group_pairs
 
     S, E, block = shape
     ids = torch.randint(0, E, (S, 1), generator=torch.Generator().manual_seed(S)).to(DEVICE)
-    grouped = group_pairs(ids, E, block)
+    grouped = group_pairs(ids, E, block, more)
     assert torch.equal(grouped.order.long().cpu(), ids[:, 0].cpu().sort(stable=True).indices)
     covered = []
     for expert, first, count in grouped.tiles.tolist():
-        assert 0 <= count <= block
+        assert 0 <= count <= block + more
         covered += range(first, first + count)
         assert all(int(ids[int(p), 0]) == expert for p in grouped.order[first : first + count])
     assert covered == list(range(S))
+    used = sum(count > 0 for _, _, count in grouped.tiles.tolist())
+    assert used == sum(-(-n // (block + more)) for n in ids.flatten().bincount().tolist())
 
 
 @pytest.mark.gpu

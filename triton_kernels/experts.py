@@ -30,6 +30,7 @@ from ktfx.triton_kernels.matmul import (
     accumulator,
     integer_run,
     load_inputs,
+    multiply_both,
     multiply_rows,
     multiply_tile,
     row_inputs,
@@ -125,38 +126,71 @@ def _pairs_down_kernel(
 
 
 @triton.jit
-def _tile_up(
-    x_ptr, order_ptr, w_ptr, s_ptr, z_ptr, b_ptr, h_ptr, e, first, count, n_tile,
-    H, inter, ldw, lds, alpha, limit,
-    TOPK: tl.constexpr, L: tl.constexpr, FMT: tl.constexpr, G: tl.constexpr, ACT: tl.constexpr, GATE: tl.constexpr,
-    BIAS: tl.constexpr, NATIVE: tl.constexpr, PAIRED: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-    BK: tl.constexpr,
-):  # fmt: skip
-    """gate and up with the activation for ``count`` ≤ BM pairs from ``first`` on, all of expert e."""
-    m = tl.arange(0, BM)
+def _pairs_inputs(order_ptr, first, start, count, H, TOPK: tl.constexpr, MANY: tl.constexpr):
+    """Pairs ``start`` … of a tile of ``count`` from ``first`` on: (which are there, where their tokens' rows begin)."""
+    m = start + tl.arange(0, MANY)
     there = m < count
     pair = tl.load(order_ptr + first + m, mask=there, other=0)
-    xrow = (pair // TOPK).to(tl.int64) * H
-    # The rows of gate, then those of up, in one product: its sums of one place lie in one thread.
-    part, i = tl.arange(0, L * BN) // BN, n_tile * BN + tl.arange(0, L * BN) % BN
-    n, ok = part * inter + i, i < inter
-    row, srow = e * (L * inter) + n, scale_row(e, n, L * inter, FMT)
-    acc = tl.zeros((L * BN, BM), tl.float32)
-    for k0 in tl.range(0, H, BK):
-        x = load_inputs(x_ptr, xrow, there, k0, H, BK)
-        acc = multiply_tile(acc, x, w_ptr, s_ptr, z_ptr, row, srow, ok, k0, H, ldw, lds, FMT, G, BK, NATIVE, PAIRED)
+    return there, (pair // TOPK).to(tl.int64) * H
+
+
+@triton.jit
+def _store_up(
+    acc, h_ptr, s_ptr, b_ptr, row, srow, ok, first, start, count, n_tile, inter, alpha, limit,
+    L: tl.constexpr, FMT: tl.constexpr, ACT: tl.constexpr, GATE: tl.constexpr, BIAS: tl.constexpr, BN: tl.constexpr,
+):  # fmt: skip
+    """What the sums acc (L·BN, pairs) of gate and up give, for the tile's pairs from ``start`` on."""
+    MANY: tl.constexpr = acc.shape[1]
     if FMT == "int8":
         acc *= tl.load(s_ptr + srow, mask=ok, other=0.0)[:, None]
     if BIAS:
         acc += tl.load(b_ptr + row, mask=ok, other=0.0).to(tl.float32)[:, None]
     if L == 2:
-        gate, up = tl.split(acc.reshape(2, BN, BM).permute(1, 2, 0))
+        gate, up = tl.split(acc.reshape(2, BN, MANY).permute(1, 2, 0))
         h = gated(gate, up, ACT, GATE, alpha, limit)
     else:
         h = activation(acc, ACT)
-    i = n_tile * BN + tl.arange(0, BN)
+    i, m = n_tile * BN + tl.arange(0, BN), start + tl.arange(0, MANY)
     at = h_ptr + (first + m).to(tl.int64)[None, :] * inter + i[:, None]
-    tl.store(at, narrow(h, h_ptr.dtype.element_ty), mask=(i < inter)[:, None] & there[None, :])
+    tl.store(at, narrow(h, h_ptr.dtype.element_ty), mask=(i < inter)[:, None] & (m < count)[None, :])
+
+
+@triton.jit
+def _tile_up(
+    x_ptr, order_ptr, w_ptr, s_ptr, z_ptr, b_ptr, h_ptr, e, first, count, n_tile,
+    H, inter, ldw, lds, alpha, limit,
+    TOPK: tl.constexpr, L: tl.constexpr, FMT: tl.constexpr, G: tl.constexpr, ACT: tl.constexpr, GATE: tl.constexpr,
+    BIAS: tl.constexpr, NATIVE: tl.constexpr, PAIRED: tl.constexpr, BM: tl.constexpr, MORE: tl.constexpr,
+    BN: tl.constexpr, BK: tl.constexpr,
+):  # fmt: skip
+    """gate and up with the activation for ``count`` ≤ BM + MORE pairs from ``first`` on, all of expert e."""
+    there, xrow = _pairs_inputs(order_ptr, first, 0, count, H, TOPK, BM)
+    # The rows of gate, then those of up, in one product: its sums of one place lie in one thread.
+    part, i = tl.arange(0, L * BN) // BN, n_tile * BN + tl.arange(0, L * BN) % BN
+    n, ok = part * inter + i, i < inter
+    row, srow = e * (L * inter) + n, scale_row(e, n, L * inter, FMT)
+    acc = tl.zeros((L * BN, BM), tl.float32)
+    if MORE > 0:
+        more_there, more_xrow = _pairs_inputs(order_ptr, first, BM, count, H, TOPK, MORE)
+        more = tl.zeros((L * BN, MORE), tl.float32)
+        for k0 in tl.range(0, H, BK):
+            x = load_inputs(x_ptr, xrow, there, k0, H, BK)
+            x_more = load_inputs(x_ptr, more_xrow, more_there, k0, H, BK)
+            acc, more = multiply_both(
+                acc, more, x, x_more, w_ptr, s_ptr, z_ptr, row, srow, ok, k0, H, ldw, lds, FMT, G, BK, NATIVE, PAIRED
+            )
+        _store_up(
+            more, h_ptr, s_ptr, b_ptr, row, srow, ok, first, BM, count, n_tile, inter, alpha, limit,
+            L, FMT, ACT, GATE, BIAS, BN,
+        )  # fmt: skip
+    else:
+        for k0 in tl.range(0, H, BK):
+            x = load_inputs(x_ptr, xrow, there, k0, H, BK)
+            acc = multiply_tile(acc, x, w_ptr, s_ptr, z_ptr, row, srow, ok, k0, H, ldw, lds, FMT, G, BK, NATIVE, PAIRED)
+    _store_up(
+        acc, h_ptr, s_ptr, b_ptr, row, srow, ok, first, 0, count, n_tile, inter, alpha, limit,
+        L, FMT, ACT, GATE, BIAS, BN,
+    )  # fmt: skip
 
 
 @triton.jit
@@ -164,8 +198,8 @@ def _tiles_up_kernel(
     x_ptr, order_ptr, tiles_ptr, w_ptr, s_ptr, z_ptr, b_ptr, h_ptr,
     H, inter, ldw, lds, alpha, limit, max_tiles, n_tiles,
     TOPK: tl.constexpr, L: tl.constexpr, FMT: tl.constexpr, G: tl.constexpr, ACT: tl.constexpr, GATE: tl.constexpr,
-    BIAS: tl.constexpr, NATIVE: tl.constexpr, PAIRED: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-    BK: tl.constexpr, GROUP: tl.constexpr,
+    BIAS: tl.constexpr, NATIVE: tl.constexpr, PAIRED: tl.constexpr, BM: tl.constexpr, MORE: tl.constexpr,
+    BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     e, first, count, n_tile = tile_of(tiles_ptr, max_tiles, n_tiles, GROUP)
     if count <= 0:
@@ -175,13 +209,35 @@ def _tiles_up_kernel(
     if BM > 16 and count <= BM // 2:
         _tile_up(
             x_ptr, order_ptr, w_ptr, s_ptr, z_ptr, b_ptr, h_ptr, e, first, count, n_tile,
-            H, inter, ldw, lds, alpha, limit, TOPK, L, FMT, G, ACT, GATE, BIAS, NATIVE, PAIRED, BM // 2, BN, BK,
+            H, inter, ldw, lds, alpha, limit, TOPK, L, FMT, G, ACT, GATE, BIAS, NATIVE, PAIRED, BM // 2, 0, BN, BK,
+        )  # fmt: skip
+    elif MORE == 0 or count <= BM:
+        _tile_up(
+            x_ptr, order_ptr, w_ptr, s_ptr, z_ptr, b_ptr, h_ptr, e, first, count, n_tile,
+            H, inter, ldw, lds, alpha, limit, TOPK, L, FMT, G, ACT, GATE, BIAS, NATIVE, PAIRED, BM, 0, BN, BK,
         )  # fmt: skip
     else:
         _tile_up(
             x_ptr, order_ptr, w_ptr, s_ptr, z_ptr, b_ptr, h_ptr, e, first, count, n_tile,
-            H, inter, ldw, lds, alpha, limit, TOPK, L, FMT, G, ACT, GATE, BIAS, NATIVE, PAIRED, BM, BN, BK,
+            H, inter, ldw, lds, alpha, limit, TOPK, L, FMT, G, ACT, GATE, BIAS, NATIVE, PAIRED, BM, MORE, BN, BK,
         )  # fmt: skip
+
+
+@triton.jit
+def _store_down(
+    acc, order_ptr, y_ptr, s_ptr, b_ptr, row, srow, ok, n, first, start, count, H,
+    FMT: tl.constexpr, BIAS: tl.constexpr,
+):  # fmt: skip
+    """The sums acc (BN, pairs) to the places of the tile's pairs from ``start`` on."""
+    if FMT == "int8":
+        acc *= tl.load(s_ptr + srow, mask=ok, other=0.0)[:, None]
+    if BIAS:
+        acc += tl.load(b_ptr + row, mask=ok, other=0.0).to(tl.float32)[:, None]
+    m = start + tl.arange(0, acc.shape[1])
+    there = m < count
+    pair = tl.load(order_ptr + first + m, mask=there, other=0).to(tl.int64)
+    at = y_ptr + pair[None, :] * H + n[:, None]
+    tl.store(at, narrow(acc, y_ptr.dtype.element_ty), mask=ok[:, None] & there[None, :])
 
 
 @triton.jit
@@ -189,9 +245,9 @@ def _tile_down(
     h_ptr, order_ptr, w_ptr, s_ptr, z_ptr, b_ptr, y_ptr, e, first, count, n_tile,
     H, inter, ldw, lds,
     FMT: tl.constexpr, G: tl.constexpr, BIAS: tl.constexpr, NATIVE: tl.constexpr, PAIRED: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    BM: tl.constexpr, MORE: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
-    """down for ``count`` ≤ BM pairs from ``first`` on, all of expert e, to the pairs' own places."""
+    """down for ``count`` ≤ BM + MORE pairs from ``first`` on, all of expert e, to the pairs' own places."""
     m = tl.arange(0, BM)
     there = m < count
     n = n_tile * BN + tl.arange(0, BN)
@@ -199,17 +255,25 @@ def _tile_down(
     row, srow = e * H + n, scale_row(e, n, H, FMT)
     hrow = (first + m).to(tl.int64) * inter
     acc = tl.zeros((BN, BM), tl.float32)
-    for i0 in tl.range(0, inter, BK):
-        h = load_inputs(h_ptr, hrow, there, i0, inter, BK)
-        acc = multiply_tile(acc, h, w_ptr, s_ptr, z_ptr, row, srow, ok, i0, inter, ldw, lds, FMT, G, BK, NATIVE, PAIRED)
-    if FMT == "int8":
-        acc *= tl.load(s_ptr + srow, mask=ok, other=0.0)[:, None]
-    if BIAS:
-        acc += tl.load(b_ptr + row, mask=ok, other=0.0).to(tl.float32)[:, None]
-    pair = tl.load(order_ptr + first + m, mask=there, other=0).to(tl.int64)
-    tl.store(
-        y_ptr + pair[None, :] * H + n[:, None], narrow(acc, y_ptr.dtype.element_ty), mask=ok[:, None] & there[None, :]
-    )
+    if MORE > 0:
+        m_more = BM + tl.arange(0, MORE)
+        more_there, more_hrow = m_more < count, (first + m_more).to(tl.int64) * inter
+        more = tl.zeros((BN, MORE), tl.float32)
+        for i0 in tl.range(0, inter, BK):
+            h = load_inputs(h_ptr, hrow, there, i0, inter, BK)
+            h_more = load_inputs(h_ptr, more_hrow, more_there, i0, inter, BK)
+            acc, more = multiply_both(
+                acc, more, h, h_more, w_ptr, s_ptr, z_ptr, row, srow, ok, i0, inter, ldw, lds,
+                FMT, G, BK, NATIVE, PAIRED,
+            )  # fmt: skip
+        _store_down(more, order_ptr, y_ptr, s_ptr, b_ptr, row, srow, ok, n, first, BM, count, H, FMT, BIAS)
+    else:
+        for i0 in tl.range(0, inter, BK):
+            h = load_inputs(h_ptr, hrow, there, i0, inter, BK)
+            acc = multiply_tile(
+                acc, h, w_ptr, s_ptr, z_ptr, row, srow, ok, i0, inter, ldw, lds, FMT, G, BK, NATIVE, PAIRED
+            )
+    _store_down(acc, order_ptr, y_ptr, s_ptr, b_ptr, row, srow, ok, n, first, 0, count, H, FMT, BIAS)
 
 
 @triton.jit
@@ -217,7 +281,7 @@ def _tiles_down_kernel(
     h_ptr, order_ptr, tiles_ptr, w_ptr, s_ptr, z_ptr, b_ptr, y_ptr,
     H, inter, ldw, lds, max_tiles, n_tiles,
     FMT: tl.constexpr, G: tl.constexpr, BIAS: tl.constexpr, NATIVE: tl.constexpr, PAIRED: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr,
+    BM: tl.constexpr, MORE: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     e, first, count, n_tile = tile_of(tiles_ptr, max_tiles, n_tiles, GROUP)
     if count <= 0:
@@ -226,12 +290,17 @@ def _tiles_down_kernel(
     if BM > 16 and count <= BM // 2:
         _tile_down(
             h_ptr, order_ptr, w_ptr, s_ptr, z_ptr, b_ptr, y_ptr, e, first, count, n_tile,
-            H, inter, ldw, lds, FMT, G, BIAS, NATIVE, PAIRED, BM // 2, BN, BK,
+            H, inter, ldw, lds, FMT, G, BIAS, NATIVE, PAIRED, BM // 2, 0, BN, BK,
+        )  # fmt: skip
+    elif MORE == 0 or count <= BM:
+        _tile_down(
+            h_ptr, order_ptr, w_ptr, s_ptr, z_ptr, b_ptr, y_ptr, e, first, count, n_tile,
+            H, inter, ldw, lds, FMT, G, BIAS, NATIVE, PAIRED, BM, 0, BN, BK,
         )  # fmt: skip
     else:
         _tile_down(
             h_ptr, order_ptr, w_ptr, s_ptr, z_ptr, b_ptr, y_ptr, e, first, count, n_tile,
-            H, inter, ldw, lds, FMT, G, BIAS, NATIVE, PAIRED, BM, BN, BK,
+            H, inter, ldw, lds, FMT, G, BIAS, NATIVE, PAIRED, BM, MORE, BN, BK,
         )  # fmt: skip
 
 
@@ -262,7 +331,8 @@ class PairsConfig:
 class TilesConfig:
     """BM pairs and BN weight rows a tile, BK values of k a step, GROUP tiles that share weight rows in L2.
 
-    tma: by ``plain_experts``, where both weights and the inputs allow it.
+    MORE: pairs that a tile takes beyond BM where that saves their expert a tile. tma: by ``plain_experts``, where both
+    weights and the inputs allow it.
     """
 
     BM: int
@@ -271,6 +341,7 @@ class TilesConfig:
     GROUP: int
     num_warps: int
     num_stages: int
+    MORE: int = 0
     tma: bool = False
 
 
@@ -302,7 +373,8 @@ def tiles_config(weight: StoredWeight, rows_an_expert: float, dtype: torch.dtype
     """parts: how many weight rows each of the BN rows stands for (2 for gate and up)."""
     BM = 16 if rows_an_expert <= 16 else 32 if rows_an_expert <= 32 else 64 if rows_an_expert <= 96 else 128
     shape = tile_shape(weight, dtype, BM, parts)
-    config = TilesConfig(BM, shape.BN, shape.BK, 8, shape.num_warps, shape.num_stages)
+    more = 16 if BM >= 64 and weight.fmt != "model" and dtype.itemsize == 2 else 0
+    config = TilesConfig(BM, shape.BN, shape.BK, 8, shape.num_warps, shape.num_stages, more)
     if BM < 128 or not weight.takes_tma(dtype):
         return config
     return replace(config, BN=256 // parts, num_stages=4, tma=True)
@@ -468,10 +540,11 @@ def _run_tiles(
     S = T * K
     if second.BM != first.BM:
         second = replace(second, BM=first.BM)  # both walk the same tiles
-    grouped = group_pairs(ids, E, first.BM)
+    tma = first.tma and second.tma
+    grouped = group_pairs(ids, E, first.BM, 0 if tma else first.MORE)
     h = torch.empty(S, inter, dtype=x.dtype, device=x.device)
     y = torch.empty(S, H, dtype=x.dtype, device=x.device)
-    if first.tma and second.tma:
+    if tma:
         plain_tiles(spec, x, K, grouped, up, down, biases, h, y, first, second)
     else:
         _stored_tiles(spec, x, K, grouped, up, down, biases, h, y, first, second)
@@ -489,14 +562,14 @@ def _stored_tiles(
     _tiles_up_kernel[(grouped.max_tiles * n_tiles,)](
         x, grouped.order, grouped.tiles, up.data, up.scales, up.zeros, biases[0], h,
         H, inter, up.ldw, up.lds, spec.alpha, spec.limit, grouped.max_tiles, n_tiles,
-        TOPK=K, L=L, ACT=spec.activation, GATE=spec.gate, BM=first.BM, BN=first.BN, GROUP=first.GROUP,
+        TOPK=K, L=L, ACT=spec.activation, GATE=spec.gate, BM=first.BM, MORE=first.MORE, BN=first.BN, GROUP=first.GROUP,
         num_warps=first.num_warps, num_stages=first.num_stages, BIAS=spec.has_bias, **up.tile_constants(x, first.BK),
     )  # fmt: skip
     n_tiles = cdiv(H, second.BN)
     _tiles_down_kernel[(grouped.max_tiles * n_tiles,)](
         h, grouped.order, grouped.tiles, down.data, down.scales, down.zeros, biases[1], y,
         H, inter, down.ldw, down.lds, grouped.max_tiles, n_tiles,
-        BM=second.BM, BN=second.BN, GROUP=second.GROUP,
+        BM=second.BM, MORE=first.MORE, BN=second.BN, GROUP=second.GROUP,
         num_warps=second.num_warps, num_stages=second.num_stages, BIAS=spec.has_bias,
         **down.tile_constants(h, second.BK),
     )  # fmt: skip

@@ -1,8 +1,9 @@
 """Chosen (token, expert) pairs sorted by expert, on the device, without a host sync, in the same order every time.
 
-``group_pairs`` gives tiles: each tile is up to BM pairs of one expert. The number of tiles is only known on the device,
-so callers launch the bound ``max_tiles`` and a tile of count 0 returns at once; a CUDA graph replays with any routing.
-Ids outside [0, E) belong to no tile.
+``group_pairs`` gives tiles: each tile is up to BM pairs of one expert, and up to ``more`` others where that saves the
+expert a tile (which would unpack all of its weights again for a few pairs). The number of tiles is only known on the
+device, so callers launch the bound ``max_tiles`` and a tile of count 0 returns at once; a CUDA graph replays with any
+routing. Ids outside [0, E) belong to no tile.
 """
 
 from __future__ import annotations
@@ -28,7 +29,8 @@ def _count_kernel(ids_ptr, hist_ptr, S, EP: tl.constexpr, CHUNK: tl.constexpr):
 @triton.jit
 def _place_kernel(
     ids_ptr, hist_ptr, order_ptr, tiles_ptr, S, E, chunks, max_tiles,
-    EP: tl.constexpr, BM: tl.constexpr, CHUNK: tl.constexpr, ONE_CHUNK: tl.constexpr, ROWS: tl.constexpr,
+    EP: tl.constexpr, BM: tl.constexpr, MORE: tl.constexpr,
+    CHUNK: tl.constexpr, ONE_CHUNK: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     chunk = tl.program_id(0)
     at = tl.arange(0, CHUNK)
@@ -49,7 +51,9 @@ def _place_kernel(
             before += tl.sum(tl.where((c < chunk)[:, None], part, 0), 0)
         total = tl.where(e < E, total, 0)
     first_pair = tl.cumsum(total, 0) - total
-    tiles_of = (total + BM - 1) // BM
+    tiles_of = (total + BM + MORE - 1) // (BM + MORE)
+    # What is left when every tile has BM: up to MORE a tile, from the first one on.
+    left = tl.maximum(total - tiles_of * BM, 0)
     tile_start = tl.cumsum(tiles_of, 0) - tiles_of
 
     rank = tl.sum(((ids[:, None] == ids[None, :]) & (at[None, :] < at[:, None])).to(tl.int32), 1)
@@ -58,10 +62,11 @@ def _place_kernel(
 
     # Each expert's nth tile, n by n, divided among the programs; then the tiles that no expert needs.
     for n in range(chunk, tl.max(tiles_of, 0), chunks):
-        out, skip = tiles_ptr + (tile_start + n) * 3, n * BM
+        out, skip = tiles_ptr + (tile_start + n) * 3, n * BM + tl.minimum(left, n * MORE)
         tl.store(out, e, mask=n < tiles_of)
         tl.store(out + 1, first_pair + skip, mask=n < tiles_of)
-        tl.store(out + 2, tl.minimum(total - skip, BM), mask=n < tiles_of)
+        most = BM + tl.minimum(tl.maximum(left - n * MORE, 0), MORE)
+        tl.store(out + 2, tl.minimum(total - skip, most), mask=n < tiles_of)
     for first in range(tl.sum(tiles_of, 0) + chunk * CHUNK, max_tiles, chunks * CHUNK):
         tl.store(tiles_ptr + (first + at) * 3 + 2, 0, mask=first + at < max_tiles)
 
@@ -93,7 +98,7 @@ def max_tiles(pairs: int, num_experts: int, block: int) -> int:
 
 
 @on_its_device
-def group_pairs(ids_TK: torch.Tensor, num_experts: int, block: int) -> PairTiles:
+def group_pairs(ids_TK: torch.Tensor, num_experts: int, block: int, more: int = 0) -> PairTiles:
     """ids_TK: contiguous int32 or int64 (T, K) with at least one element; block: pairs a tile, a power of two."""
     S, device = ids_TK.numel(), ids_TK.device
     EP, chunk = pow2(num_experts), max(16, min(CHUNK, pow2(S)))
@@ -106,6 +111,6 @@ def group_pairs(ids_TK: torch.Tensor, num_experts: int, block: int) -> PairTiles
         _count_kernel[(chunks,)](ids_TK, hist, S, EP=EP, CHUNK=chunk, num_warps=8)
     _place_kernel[(chunks,)](
         ids_TK, hist, order, tiles, S, num_experts, chunks, bound,
-        EP=EP, BM=block, CHUNK=chunk, ONE_CHUNK=chunks == 1, ROWS=max(1, 8192 // EP), num_warps=8,
+        EP=EP, BM=block, MORE=more, CHUNK=chunk, ONE_CHUNK=chunks == 1, ROWS=max(1, 8192 // EP), num_warps=8,
     )  # fmt: skip
     return PairTiles(order, tiles, bound)

@@ -140,15 +140,14 @@ def widened_nibbles(
 
 
 @triton.jit
-def multiply_tile(
-    acc, x, w_ptr, s_ptr, z_ptr, row, srow, ok, k0, K, ldw, lds,
-    FMT: tl.constexpr, G: tl.constexpr, BK: tl.constexpr, NATIVE: tl.constexpr, PAIRED: tl.constexpr,
+def stored_tile(
+    w_ptr, s_ptr, z_ptr, row, srow, ok, k0, K, ldw, lds,
+    FMT: tl.constexpr, G: tl.constexpr, BK: tl.constexpr, NATIVE: tl.constexpr, PAIRED: tl.constexpr, DT: tl.constexpr,
 ):  # fmt: skip
-    """acc (BN, BM) += w[row, k0:k0+BK] · x; weights become x's dtype, scales and all (int8's scale is the caller's).
+    """w[row, k0:k0+BK] as DT, (BN, BK), scales and all (int8's scale is the caller's).
 
-    PAIRED: two stored bytes at a time become x's 16 bits without a way through float32 (``StoredWeight.paired``).
+    PAIRED: two stored bytes at a time become 16 bits of DT without a way through float32 (``StoredWeight.paired``).
     """
-    DT: tl.constexpr = x.dtype
     if FMT == "int4" or FMT == "int4zp" or FMT == "mxfp4":
         if PAIRED:
             low, high = paired_nibbles(w_ptr, s_ptr, z_ptr, row, srow, ok, k0, K, ldw, lds, FMT, G, BK, DT)
@@ -168,8 +167,31 @@ def multiply_tile(
         if FMT == "fp8":
             w = e4m3(w, NATIVE) * load_group_scale(s_ptr, srow * lds + k0 // G, ok, FMT)[:, None]
         w = narrow(w, DT)
+    return w
+
+
+@triton.jit
+def multiply_tile(
+    acc, x, w_ptr, s_ptr, z_ptr, row, srow, ok, k0, K, ldw, lds,
+    FMT: tl.constexpr, G: tl.constexpr, BK: tl.constexpr, NATIVE: tl.constexpr, PAIRED: tl.constexpr,
+):  # fmt: skip
+    """acc (BN, BM) += w[row, k0:k0+BK] · x, by ``stored_tile``."""
+    w = stored_tile(w_ptr, s_ptr, z_ptr, row, srow, ok, k0, K, ldw, lds, FMT, G, BK, NATIVE, PAIRED, x.dtype)
     acc = product(w, x, acc)
     return acc if FMT == "model" else settled(acc)
+
+
+@triton.jit
+def multiply_both(
+    acc, more, x, x_more, w_ptr, s_ptr, z_ptr, row, srow, ok, k0, K, ldw, lds,
+    FMT: tl.constexpr, G: tl.constexpr, BK: tl.constexpr, NATIVE: tl.constexpr, PAIRED: tl.constexpr,
+):  # fmt: skip
+    """``multiply_tile`` for a second tile of inputs too, with what was unpacked of the weights once."""
+    w = stored_tile(w_ptr, s_ptr, z_ptr, row, srow, ok, k0, K, ldw, lds, FMT, G, BK, NATIVE, PAIRED, x.dtype)
+    acc, more = product(w, x, acc), product(w, x_more, more)
+    if FMT != "model":
+        acc, more = settled(acc), settled(more)
+    return acc, more
 
 
 @dataclass(frozen=True)
