@@ -107,8 +107,25 @@ def dp4a(w, x, acc, SIGNED: tl.constexpr):
 
 
 @triton.jit
-def doubled_e2m1(w):
-    """The e2m1 values of the four lowest nibbles, times two and plus 12, as bytes from 0 to 24.
+def unknown_zero():
+    """0 that the compiler cannot know: constants added to it stay in registers.
+
+    A look-up in two constants has room for one of them; the other was moved to a register again for each look-up.
+    """
+    if INTERPRETED:
+        zero = 0
+    else:
+        # A lane's own bit among 32, halved.
+        zero = tl.inline_asm_elementwise(
+            "{ .reg .b32 own; mov.u32 own, %lanemask_eq; popc.b32 own, own; shr.u32 $0, own, 1; }",
+            "=r,r", [tl.program_id(0)], dtype=tl.int32, is_pure=True, pack=1,
+        )  # fmt: skip
+    return zero
+
+
+@triton.jit
+def doubled_e2m1(w, zero):
+    """The e2m1 values of the four lowest nibbles, times two and plus 12, as bytes from 0 to 24. zero: unknown_zero().
 
     ``prmt`` looks up four bytes by the low three bits of each nibble. A nibble's top bit, the sign, asks it for the
     sign of the byte found instead, which is 0 for all of these: so a table of the positive values, and by the other
@@ -126,12 +143,12 @@ def doubled_e2m1(w):
             {
             .reg .b32 plus, minus;
             xor.b32 minus, $1, 0x8888;
-            prmt.b32 plus, 0x0f0e0d0c, 0x18141210, $1;
-            prmt.b32 minus, 0x090a0b0c, 0x00040608, minus;
+            prmt.b32 plus, $2, 0x18141210, $1;
+            prmt.b32 minus, $3, 0x00040608, minus;
             or.b32 $0, plus, minus;
             }
             """,
-            "=r,r", [w], dtype=tl.int32, is_pure=True, pack=1,
+            "=r,r,r,r", [w, 0x0F0E0D0C + zero, 0x090A0B0C + zero], dtype=tl.int32, is_pure=True, pack=1,
         )  # fmt: skip
     return out
 
@@ -146,12 +163,12 @@ def words_of_runs(t):
 
 
 @triton.jit
-def bytes_of(w, PART: tl.constexpr, FMT: tl.constexpr):
+def bytes_of(w, zero, PART: tl.constexpr, FMT: tl.constexpr):
     """The four weights that part 0 or 1 of a word holds, as bytes: int8's signed, others from 0 on (``least``)."""
     if FMT == "int8":
         four = w
     elif FMT == "mxfp4":
-        four = doubled_e2m1(w >> (16 * PART))
+        four = doubled_e2m1(w >> (16 * PART), zero)
     else:
         four = (w >> (4 * PART)) & 0x0F0F0F0F
     return four
@@ -202,15 +219,16 @@ def multiply_integers(
     if PARTS == 2:
         x_sum = tl.trans(tl.load(scales_ptr + x_at + blocks, mask=in_x, other=0.0))[:, None, :]
     ws, highs, lows = words_of_runs(w), words_of_runs(x_high), words_of_runs(x_low)
+    zero = unknown_zero() if FMT == "mxfp4" else 0
     high = tl.zeros(acc.shape, tl.int32)
     low = tl.zeros(acc.shape, tl.int32)
     for i in tl.static_range(4):
-        four = bytes_of(ws[i], 0, FMT)
+        four = bytes_of(ws[i], zero, 0, FMT)
         high, low = dp4a(four, highs[i], high, FMT == "int8"), dp4a(four, lows[i], low, FMT == "int8")
     if PARTS == 2:
         highs, lows = words_of_runs(x_high_2), words_of_runs(x_low_2)
         for i in tl.static_range(4):
-            four = bytes_of(ws[i], 1, FMT)
+            four = bytes_of(ws[i], zero, 1, FMT)
             high, low = dp4a(four, highs[i], high, False), dp4a(four, lows[i], low, False)
     dot = (high * 256 + low).to(tl.float32)
     if FMT == "int8":

@@ -131,8 +131,8 @@ def linear_config(weight: StoredWeight, M: int, N: int, K: int, dtype: torch.dty
     BM = 16 if M <= 16 else 32 if M <= 32 else 64 if M <= 64 else 128
     shape = tile_shape(weight, dtype, BM)
     tiles = cdiv(M, BM) * cdiv(N, shape.BN)
-    # Two programs a multiprocessor keep the memory busy; no part shorter than 256.
-    split = max(1, min(2 * sm_count(weight.data.device) // tiles, K // 256, 16)) if BM <= 64 else 1
+    # Four programs a multiprocessor keep the memory busy; no part shorter than 256.
+    split = max(1, min(4 * sm_count(weight.data.device) // tiles, K // 256, 16)) if BM <= 64 else 1
     return LinearConfig(False, BM=BM, SPLIT=split, **asdict(shape))
 
 
