@@ -54,9 +54,9 @@ def lop3(a: torch.Tensor, b: torch.Tensor, c: torch.Tensor, table: int) -> torch
     return out & MASK
 
 
-def run(asm: str, operand: torch.Tensor) -> torch.Tensor:
-    """What the result register holds, 16 bits; operand: int64 words."""
-    registers: dict[str, torch.Tensor] = {"$1": operand}
+def run(asm: str, operand: torch.Tensor, *constants: int) -> torch.Tensor:
+    """What the result register holds; operand: int64 words, constants: what the operands after it hold."""
+    registers = {"$1": operand} | {f"${i + 2}": torch.full_like(operand, c) for i, c in enumerate(constants)}
 
     def value(name: str) -> torch.Tensor:
         if name in registers:
@@ -81,6 +81,8 @@ def run(asm: str, operand: torch.Tensor) -> torch.Tensor:
             registers[target] = sources[0] & sources[1]
         elif op == "or.b32":
             registers[target] = sources[0] | sources[1]
+        elif op == "xor.b32":
+            registers[target] = sources[0] ^ sources[1]
         elif op == "shl.b32":
             registers[target] = sources[0] << sources[1] & MASK
         elif op == "shr.u32":
@@ -141,3 +143,15 @@ def test_int8(second: bool) -> None:
     got = run(pair_asm(int8_steps(), second), WORDS)
     want = (WORDS >> (8 * second) & 255).to(torch.uint8).view(torch.int8)
     assert torch.equal(numbers(got, torch.bfloat16), want.bfloat16())
+
+
+def test_doubled_e2m1() -> None:
+    """Four values by look-up as bytes, times two and plus 12; what lies above the four nibbles does not matter."""
+    from ktfx.triton_kernels.integer_rows import MINUS, PLUS, e2m1_look_up
+
+    table = torch.tensor([*E2M1, *(-v for v in E2M1)])
+    for above in (0, 0xABCD):
+        got = run(e2m1_look_up(), WORDS | above << 16, PLUS.value, MINUS.value)
+        for i in range(4):
+            want = (2 * table[WORDS >> (4 * i) & 15] + 12).long()
+            assert torch.equal(got >> (8 * i) & 255, want)

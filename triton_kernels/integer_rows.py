@@ -123,6 +123,19 @@ def unknown_zero():
     return zero
 
 
+# The first halves of the two tables of ``e2m1_look_up``.
+PLUS = tl.constexpr(0x0F0E0D0C)
+MINUS = tl.constexpr(0x090A0B0C)
+
+
+@triton.constexpr_function
+def e2m1_look_up() -> str:
+    return (
+        "{ .reg .b32 plus, minus; xor.b32 minus, $1, 0x8888; prmt.b32 plus, $2, 0x18141210, $1;"
+        " prmt.b32 minus, $3, 0x00040608, minus; or.b32 $0, plus, minus; }"
+    )
+
+
 @triton.jit
 def doubled_e2m1(w, zero):
     """The e2m1 values of the four lowest nibbles, times two and plus 12, as bytes from 0 to 24. zero: unknown_zero().
@@ -139,17 +152,8 @@ def doubled_e2m1(w, zero):
             out = out | ((12 + tl.where(((w >> (4 * i)) & 8) != 0, -value, value)) << (8 * i))
     else:
         out = tl.inline_asm_elementwise(
-            """
-            {
-            .reg .b32 plus, minus;
-            xor.b32 minus, $1, 0x8888;
-            prmt.b32 plus, $2, 0x18141210, $1;
-            prmt.b32 minus, $3, 0x00040608, minus;
-            or.b32 $0, plus, minus;
-            }
-            """,
-            "=r,r,r,r", [w, 0x0F0E0D0C + zero, 0x090A0B0C + zero], dtype=tl.int32, is_pure=True, pack=1,
-        )  # fmt: skip
+            e2m1_look_up(), "=r,r,r,r", [w, PLUS + zero, MINUS + zero], dtype=tl.int32, is_pure=True, pack=1
+        )
     return out
 
 
