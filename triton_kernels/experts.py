@@ -7,7 +7,8 @@ multiprocessor reads.
 
 *Tiles* (many tokens): pairs are grouped by expert on the device (``grouping``), each tile of up to BM pairs goes
 through the tensor cores with the weights as the left operand (they can be dequantised in registers there), and a last
-kernel weighs and sums the K results of each token.
+kernel weighs and sums the K results of each token. On Hopper, weights of 16 bits (``plain_experts``) and of eight
+(``halved_experts``) need no unpacking and have tiles of their own.
 
 Both work for any routing and any T, allocate only by shape, and never synchronise with the host.
 Shape suffixes as in ``ktfx.ops.experts``: T tokens, H hidden, I intermediate, E experts, K chosen, S = T·K pairs.
@@ -24,6 +25,7 @@ import triton.language as tl
 from ktfx.triton_kernels.dependent_launch import dependent, prefetch_rows, wait_for_previous
 from ktfx.triton_kernels.dequant import activation, gated, narrow
 from ktfx.triton_kernels.grouping import PairTiles, group_pairs, tile_of
+from ktfx.triton_kernels.halved_experts import halved_tiles
 from ktfx.triton_kernels.launch import cdiv, on_its_device, pow2
 from ktfx.triton_kernels.matmul import (
     StoredWeight,
@@ -40,6 +42,7 @@ from ktfx.triton_kernels.matmul import (
     tile_shape,
 )
 from ktfx.triton_kernels.plain_experts import plain_tiles
+from ktfx.triton_kernels.tile_results import pairs_inputs, store_down, store_up
 
 from ktfx.ops.experts import ExpertsSpec
 from ktfx.tuning import bucket, remembered
@@ -126,36 +129,6 @@ def _pairs_down_kernel(
 
 
 @triton.jit
-def _pairs_inputs(order_ptr, first, start, count, H, TOPK: tl.constexpr, MANY: tl.constexpr):
-    """Pairs ``start`` … of a tile of ``count`` from ``first`` on: (which are there, where their tokens' rows begin)."""
-    m = start + tl.arange(0, MANY)
-    there = m < count
-    pair = tl.load(order_ptr + first + m, mask=there, other=0)
-    return there, (pair // TOPK).to(tl.int64) * H
-
-
-@triton.jit
-def _store_up(
-    acc, h_ptr, s_ptr, b_ptr, row, srow, ok, first, start, count, n_tile, inter, alpha, limit,
-    L: tl.constexpr, FMT: tl.constexpr, ACT: tl.constexpr, GATE: tl.constexpr, BIAS: tl.constexpr, BN: tl.constexpr,
-):  # fmt: skip
-    """What the sums acc (L·BN, pairs) of gate and up give, for the tile's pairs from ``start`` on."""
-    MANY: tl.constexpr = acc.shape[1]
-    if FMT == "int8":
-        acc *= tl.load(s_ptr + srow, mask=ok, other=0.0)[:, None]
-    if BIAS:
-        acc += tl.load(b_ptr + row, mask=ok, other=0.0).to(tl.float32)[:, None]
-    if L == 2:
-        gate, up = tl.split(acc.reshape(2, BN, MANY).permute(1, 2, 0))
-        h = gated(gate, up, ACT, GATE, alpha, limit)
-    else:
-        h = activation(acc, ACT)
-    i, m = n_tile * BN + tl.arange(0, BN), start + tl.arange(0, MANY)
-    at = h_ptr + (first + m).to(tl.int64)[None, :] * inter + i[:, None]
-    tl.store(at, narrow(h, h_ptr.dtype.element_ty), mask=(i < inter)[:, None] & (m < count)[None, :])
-
-
-@triton.jit
 def _tile_up(
     x_ptr, order_ptr, w_ptr, s_ptr, z_ptr, b_ptr, h_ptr, e, first, count, n_tile,
     H, inter, ldw, lds, alpha, limit,
@@ -164,14 +137,14 @@ def _tile_up(
     BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
     """gate and up with the activation for ``count`` ≤ BM + MORE pairs from ``first`` on, all of expert e."""
-    there, xrow = _pairs_inputs(order_ptr, first, 0, count, H, TOPK, BM)
+    there, xrow = pairs_inputs(order_ptr, first, 0, count, H, TOPK, BM)
     # The rows of gate, then those of up, in one product: its sums of one place lie in one thread.
     part, i = tl.arange(0, L * BN) // BN, n_tile * BN + tl.arange(0, L * BN) % BN
     n, ok = part * inter + i, i < inter
     row, srow = e * (L * inter) + n, scale_row(e, n, L * inter, FMT)
     acc = tl.zeros((L * BN, BM), tl.float32)
     if MORE > 0:
-        more_there, more_xrow = _pairs_inputs(order_ptr, first, BM, count, H, TOPK, MORE)
+        more_there, more_xrow = pairs_inputs(order_ptr, first, BM, count, H, TOPK, MORE)
         more = tl.zeros((L * BN, MORE), tl.float32)
         for k0 in tl.range(0, H, BK):
             x = load_inputs(x_ptr, xrow, there, k0, H, BK)
@@ -179,7 +152,7 @@ def _tile_up(
             acc, more = multiply_both(
                 acc, more, x, x_more, w_ptr, s_ptr, z_ptr, row, srow, ok, k0, H, ldw, lds, FMT, G, BK, NATIVE, PAIRED
             )
-        _store_up(
+        store_up(
             more, h_ptr, s_ptr, b_ptr, row, srow, ok, first, BM, count, n_tile, inter, alpha, limit,
             L, FMT, ACT, GATE, BIAS, BN,
         )  # fmt: skip
@@ -187,7 +160,7 @@ def _tile_up(
         for k0 in tl.range(0, H, BK):
             x = load_inputs(x_ptr, xrow, there, k0, H, BK)
             acc = multiply_tile(acc, x, w_ptr, s_ptr, z_ptr, row, srow, ok, k0, H, ldw, lds, FMT, G, BK, NATIVE, PAIRED)
-    _store_up(
+    store_up(
         acc, h_ptr, s_ptr, b_ptr, row, srow, ok, first, 0, count, n_tile, inter, alpha, limit,
         L, FMT, ACT, GATE, BIAS, BN,
     )  # fmt: skip
@@ -224,23 +197,6 @@ def _tiles_up_kernel(
 
 
 @triton.jit
-def _store_down(
-    acc, order_ptr, y_ptr, s_ptr, b_ptr, row, srow, ok, n, first, start, count, H,
-    FMT: tl.constexpr, BIAS: tl.constexpr,
-):  # fmt: skip
-    """The sums acc (BN, pairs) to the places of the tile's pairs from ``start`` on."""
-    if FMT == "int8":
-        acc *= tl.load(s_ptr + srow, mask=ok, other=0.0)[:, None]
-    if BIAS:
-        acc += tl.load(b_ptr + row, mask=ok, other=0.0).to(tl.float32)[:, None]
-    m = start + tl.arange(0, acc.shape[1])
-    there = m < count
-    pair = tl.load(order_ptr + first + m, mask=there, other=0).to(tl.int64)
-    at = y_ptr + pair[None, :] * H + n[:, None]
-    tl.store(at, narrow(acc, y_ptr.dtype.element_ty), mask=ok[:, None] & there[None, :])
-
-
-@triton.jit
 def _tile_down(
     h_ptr, order_ptr, w_ptr, s_ptr, z_ptr, b_ptr, y_ptr, e, first, count, n_tile,
     H, inter, ldw, lds,
@@ -266,14 +222,14 @@ def _tile_down(
                 acc, more, h, h_more, w_ptr, s_ptr, z_ptr, row, srow, ok, i0, inter, ldw, lds,
                 FMT, G, BK, NATIVE, PAIRED,
             )  # fmt: skip
-        _store_down(more, order_ptr, y_ptr, s_ptr, b_ptr, row, srow, ok, n, first, BM, count, H, FMT, BIAS)
+        store_down(more, order_ptr, y_ptr, s_ptr, b_ptr, row, srow, ok, n, first, BM, count, H, FMT, BIAS)
     else:
         for i0 in tl.range(0, inter, BK):
             h = load_inputs(h_ptr, hrow, there, i0, inter, BK)
             acc = multiply_tile(
                 acc, h, w_ptr, s_ptr, z_ptr, row, srow, ok, i0, inter, ldw, lds, FMT, G, BK, NATIVE, PAIRED
             )
-    _store_down(acc, order_ptr, y_ptr, s_ptr, b_ptr, row, srow, ok, n, first, 0, count, H, FMT, BIAS)
+    store_down(acc, order_ptr, y_ptr, s_ptr, b_ptr, row, srow, ok, n, first, 0, count, H, FMT, BIAS)
 
 
 @triton.jit
@@ -331,8 +287,8 @@ class PairsConfig:
 class TilesConfig:
     """BM pairs and BN weight rows a tile, BK values of k a step, GROUP tiles that share weight rows in L2.
 
-    MORE: pairs that a tile takes beyond BM where that saves their expert a tile. tma: by ``plain_experts``, where both
-    weights and the inputs allow it.
+    MORE: pairs that a tile takes beyond BM where that saves their expert a tile. tma: by ``plain_experts``, halves: by
+    ``halved_experts``, where both weights and the inputs allow it.
     """
 
     BM: int
@@ -343,6 +299,7 @@ class TilesConfig:
     num_stages: int
     MORE: int = 0
     tma: bool = False
+    halves: bool = False
 
 
 PairsPair = tuple[PairsConfig, PairsConfig]
@@ -380,6 +337,17 @@ def tiles_config(weight: StoredWeight, rows_an_expert: float, dtype: torch.dtype
     return replace(config, BN=256 // parts, num_stages=4, tma=True)
 
 
+def halves_config(weight: StoredWeight, rows_an_expert: float, parts: int) -> TilesConfig:
+    """For ``halved_experts``: programs of four warps, of which a multiprocessor takes two.
+
+    By sweeps on one H100 over the shapes of Qwen3-30B-A3B, gpt-oss-20b, DeepSeek-V2-Lite and DeepSeek-V3, 4 to 8192
+    tokens; fp8's sums of a step leave no registers for MORE.
+    """
+    BM = 32 if rows_an_expert <= 16 else 64
+    more = 16 if BM == 64 and weight.fmt == "int8" else 0
+    return TilesConfig(BM, 128 // parts, 128, 8, 4, 3, more, halves=True)
+
+
 def weight_of(spec: ExpertsSpec, packed: Sequence[torch.Tensor], which: int) -> StoredWeight:
     """gate_up (0) or down (1) of what ``ktfx.ops.experts_triton.pack`` made."""
     many = (len(packed) - 2 * spec.has_bias) // 2
@@ -392,8 +360,10 @@ def up_parts(spec: ExpertsSpec) -> int:
 
 
 def tiles_choice(spec: ExpertsSpec, packed: Sequence[torch.Tensor], rows: float, dtype: torch.dtype) -> TilesPair:
-    up, down = weight_of(spec, packed, 0), weight_of(spec, packed, 1)
-    return tiles_config(up, rows, dtype, up_parts(spec)), tiles_config(down, rows, dtype, 1)
+    up, down, parts = weight_of(spec, packed, 0), weight_of(spec, packed, 1), up_parts(spec)
+    if up.takes_halves(dtype) and down.takes_halves(dtype):
+        return halves_config(up, rows, parts), halves_config(down, rows, 1)
+    return tiles_config(up, rows, dtype, parts), tiles_config(down, rows, dtype, 1)
 
 
 def default_configs(
@@ -448,13 +418,16 @@ def neighbours(config: PairsConfig | TilesConfig) -> list[PairsConfig | TilesCon
     # Two programs a multiprocessor, where one unpacks while the other multiplies.
     tiles += [replace(c, BN=int(c.BN * f), num_warps=int(c.num_warps * f)) for f in (0.5, 2)]
     tiles = [t for t in tiles if t.BN >= 32 and t.BK >= 32 and t.num_warps in (4, 8)]
-    return [t for t in tiles if not t.tma or (t.BN <= 256 and t.BK <= 64)]
+    longest = 64 if c.tma else 128 if c.halves else 1 << 30
+    return [t for t in tiles if t.BK <= longest and (not t.tma or t.BN <= 256)]
 
 
 def fits(config: PairsConfig | TilesConfig, weight: StoredWeight, first: PairsConfig | TilesConfig) -> bool:
     """Whether a candidate makes sense for a weight (whole groups a step) beside the first kernel's block of pairs."""
     if isinstance(config, TilesConfig):
         serves = weight.whole_groups(config.BK) and (not config.tma or weight.takes_tma(weight.data.dtype))
+        # What was remembered was remembered for a dtype, so this one stands for those that can be halved.
+        serves = serves and (not config.halves or weight.takes_halves(torch.bfloat16))
         return serves and isinstance(first, TilesConfig) and config.BM == first.BM
     return weight.group <= config.BK and config.BK % max(weight.group, 1) == 0
 
@@ -540,14 +513,12 @@ def _run_tiles(
     S = T * K
     if second.BM != first.BM:
         second = replace(second, BM=first.BM)  # both walk the same tiles
-    tma = first.tma and second.tma
+    tma, halves = first.tma and second.tma, first.halves and second.halves
     grouped = group_pairs(ids, E, first.BM, 0 if tma else first.MORE)
     h = torch.empty(S, inter, dtype=x.dtype, device=x.device)
     y = torch.empty(S, H, dtype=x.dtype, device=x.device)
-    if tma:
-        plain_tiles(spec, x, K, grouped, up, down, biases, h, y, first, second)
-    else:
-        _stored_tiles(spec, x, K, grouped, up, down, biases, h, y, first, second)
+    run = plain_tiles if tma else halved_tiles if halves else _stored_tiles
+    run(spec, x, K, grouped, up, down, biases, h, y, first, second)
     BH = min(1024, pow2(H))
     _combine_kernel[(T, cdiv(H, BH))](y, ids, weights, out, E, H, TOPK=K, KP=pow2(K), BH=BH, num_warps=4)
 

@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 from ktfx.triton_kernels.dependent_launch import dependent
 from ktfx.triton_kernels.dequant import narrow
+from ktfx.triton_kernels.halved_linear import halved_linear
 from ktfx.triton_kernels.launch import cdiv, interpreted, on_its_device, pow2, sm_count
 from ktfx.triton_kernels.matmul import (
     StoredWeight,
@@ -105,7 +106,10 @@ def _add_parts_kernel(parts_ptr, b_ptr, y_ptr, MN, N, BIAS: tl.constexpr, SPLIT:
 
 @dataclass(frozen=True)
 class LinearConfig:
-    """rows: one program for BM inputs and R output rows; else tiles of BM inputs by BN rows over a SPLIT reduction."""
+    """rows: one program for BM inputs and R output rows; else tiles of BM inputs by BN rows over a SPLIT reduction.
+
+    halves: tiles by ``halved_linear``, where weights and inputs allow it.
+    """
 
     rows: bool
     R: int = 4
@@ -116,6 +120,7 @@ class LinearConfig:
     GROUP: int = 8
     num_warps: int = 4
     num_stages: int = 4
+    halves: bool = False
 
 
 def linear_config(weight: StoredWeight, M: int, N: int, K: int, dtype: torch.dtype) -> LinearConfig:
@@ -128,6 +133,10 @@ def linear_config(weight: StoredWeight, M: int, N: int, K: int, dtype: torch.dty
     if M <= 2:
         BK = min(1024 if weight.nibbles else 512, max(pow2(K), 16))
         return LinearConfig(True, R=4, BM=1, BK=max(BK, weight.group), num_stages=1)
+    if M > 16 and weight.takes_halves(dtype):
+        tiles = cdiv(M, 64) * cdiv(N, 128)
+        split = max(1, min(2 * sm_count(weight.data.device) // tiles, K // 256, 16))
+        return LinearConfig(False, BM=64, BN=128, BK=128, SPLIT=split, num_warps=4, num_stages=3, halves=True)
     BM = 16 if M <= 16 else 32 if M <= 32 else 64 if M <= 64 else 128
     shape = tile_shape(weight, dtype, BM)
     tiles = cdiv(M, BM) * cdiv(N, shape.BN)
@@ -174,12 +183,24 @@ def linear(
     span = cdiv(cdiv(K, c.SPLIT), max(c.BK, weight.group)) * max(c.BK, weight.group)  # parts begin at whole groups
     split = cdiv(K, span)
     target = torch.empty(split, M, N, dtype=torch.float32, device=x.device) if split > 1 else y
-    _tiles_kernel[(cdiv(M, c.BM) * cdiv(N, c.BN), split)](
-        flat, weight.data, weight.scales, weight.zeros, b, target,
-        M, N, K, flat.stride(0), weight.ldw, weight.lds, span,
-        SPLIT=split, BM=c.BM, BN=c.BN, GROUP=c.GROUP, num_warps=c.num_warps, num_stages=c.num_stages,
-        BIAS=bias is not None, **weight.tile_constants(x, c.BK),
-    )  # fmt: skip
+    if c.halves:
+        halved_linear(flat, weight, b, bias is not None, target, c, span)
+    else:
+        _tiles(flat, weight, b, bias is not None, target, c, span)
     if split > 1:
         _add_parts_kernel[(cdiv(M * N, 1024),)](target, b, y, M * N, N, BIAS=bias is not None, SPLIT=split, BLOCK=1024)
     return y
+
+
+def _tiles(
+    x: torch.Tensor, weight: StoredWeight, bias: torch.Tensor, has_bias: bool, y: torch.Tensor, c: LinearConfig,
+    span: int,
+) -> None:  # fmt: skip
+    """What ``halved_linear`` does, for weights in any format."""
+    (M, K), N, split = x.shape, y.shape[-1], cdiv(x.shape[1], span)
+    _tiles_kernel[(cdiv(M, c.BM) * cdiv(N, c.BN), split)](
+        x, weight.data, weight.scales, weight.zeros, bias, y,
+        M, N, K, x.stride(0), weight.ldw, weight.lds, span,
+        SPLIT=split, BM=c.BM, BN=c.BN, GROUP=c.GROUP, num_warps=c.num_warps, num_stages=c.num_stages,
+        BIAS=has_bias, **weight.tile_constants(x, c.BK),
+    )  # fmt: skip

@@ -237,6 +237,18 @@ class StoredWeight:
         whole = self.ldw % 64 == 0 and self.data.data_ptr() % 16 == 0 and self.data.is_contiguous()
         return plain and whole and takes_descriptors(self.data.device)
 
+    def takes_halves(self, dtype: torch.dtype) -> bool:
+        """Whether ``halved_experts`` and ``halved_linear`` serve: eight bits, and inputs that two such halves hold.
+
+        A bfloat16 is two e4m3 exactly and int16 to 2⁻¹⁶ of its row; a float16 is int16 as well, and no two e4m3. Rows
+        are aligned for descriptors, and the GPU has the shared memory of Hopper.
+        """
+        held = dtype == torch.bfloat16 or (dtype == torch.float16 and self.fmt == "int8")
+        aligned = self.ldw % 16 == 0 and self.data.data_ptr() % 16 == 0 and self.data.is_contiguous()
+        device = self.data.device
+        able = takes_descriptors(device) and shared_memory(device) >= 225_000
+        return held and self.fmt in ("fp8", "int8") and aligned and able
+
     def whole_groups(self, step: int) -> bool:
         """Whether steps of a tile's loop are parts of a group, or whole groups (of nibbles alone)."""
         return not self.grouped or self.group % step == 0 or (self.nibbles and step % self.group == 0)
