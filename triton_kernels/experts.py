@@ -419,7 +419,7 @@ def neighbours(config: PairsConfig | TilesConfig) -> list[PairsConfig | TilesCon
     tiles += [replace(c, BN=int(c.BN * f), num_warps=int(c.num_warps * f)) for f in (0.5, 2)]
     tiles = [t for t in tiles if t.BN >= 32 and t.BK >= 32 and t.num_warps in (4, 8)]
     longest = 64 if c.tma else 128 if c.halves else 1 << 30
-    return [t for t in tiles if t.BK <= longest and (not t.tma or t.BN <= 256)]
+    return [t for t in tiles if longest >= t.BK and (not t.tma or t.BN <= 256)]
 
 
 def fits(config: PairsConfig | TilesConfig, weight: StoredWeight, first: PairsConfig | TilesConfig) -> bool:

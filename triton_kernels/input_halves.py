@@ -57,9 +57,8 @@ def _halve_kernel(x_ptr, halves_ptr, scales_ptr, T, K, ldx, FMT: tl.constexpr, K
         whole = (q + 128) >> 8
         high, low = whole.to(tl.int8), (q - whole * 256).to(tl.int8)
         scale = largest / _LARGEST
-    at = halves_ptr + t * K + k
-    tl.store(at, high, mask=k < K)
-    tl.store(at + T.to(tl.int64) * K, low, mask=k < K)
+    tl.store(halves_ptr + t * K + k, high, mask=k < K)
+    tl.store(halves_ptr + (t + T) * K + k, low, mask=k < K)
     # An infinity or NaN makes its whole row NaN; a maximum alone might drop it.
     tl.store(scales_ptr + t, scale + tl.sum(x * 0.0, 0))
 

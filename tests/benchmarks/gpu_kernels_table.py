@@ -171,8 +171,8 @@ MODELS = {
 }
 EXPERTS = {
     "qwen3-30b": ["model", "int4", "int8", "fp8", "mxfp4"],
-    "dsv2-lite": ["model", "int4"],
-    "gpt-oss-20b": ["model", "mxfp4", "int4"],
+    "dsv2-lite": ["model", "int4", "int8", "fp8"],
+    "gpt-oss-20b": ["model", "mxfp4", "int4", "int8"],
     "dsv3": ["fp8", "int4"],
 }
 TOKENS = [1, 16, 4096]
