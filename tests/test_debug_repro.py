@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from debug_models import tiny_session
+from torch._functorch import config as functorch_config
 from typer.testing import CliRunner
 
 from ktfx.cli.main import app
@@ -140,13 +141,14 @@ def test_keys_are_remembered_beside_the_cache(tmp_path: Path, monkeypatch: pytes
 def test_stats_tells_hits_from_misses_and_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Inductor for real: a fresh cache misses, a second run hits, another prompt length misses in the graph."""
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "inductor"))
-    monkeypatch.setattr("torch._functorch.config.enable_autograd_cache", False)
     rules = tmp_path / "r.yaml"
     rules.write_text("ktfx: 1\ndevices: {host: cpu}\ndefault_device: host\n")
 
     def stats(tokens: int) -> dict[str, object]:
         words = ["stats", "demo", "-r", str(rules), "--tiny", "--layers", "1", "--phase", "prefill", "--json"]
-        result = CliRunner().invoke(app, [*words, "--tokens", str(tokens)])
+        # Not by monkeypatch: what it takes back of torch's configuration is gone for the tests after this one.
+        with functorch_config.patch(enable_autograd_cache=False):
+            result = CliRunner().invoke(app, [*words, "--tokens", str(tokens)])
         assert result.exit_code == 0, result.output
         torch._dynamo.reset()
         return json.loads(result.stdout)
