@@ -196,7 +196,7 @@ def outline(model: nn.Module, plan: StoredPlan, dtype: torch.dtype) -> None:
             module.fill(empty(*entry.shape))
         elif isinstance(module, StoredExperts):
             spec = module.spec
-            E, rows = spec.num_experts, spec.intermediate * (1 if spec.gate == "none" else 2)
+            E, rows = spec.num_experts, spec.up_rows
             sizes = {"gate_up_bias": rows, "down_bias": spec.hidden} if spec.has_bias else {}
             biases = {part: torch.empty(E, size, dtype=dtype, device="meta") for part, size in sizes.items()}
             module.fill(empty(E, rows, spec.hidden), empty(E, spec.hidden, spec.intermediate), biases)
@@ -279,7 +279,7 @@ def read_experts(
     """The parameters of a ``StoredExperts`` by name, and ``input_order`` where experts sort their inputs."""
     spec = entry.spec
     assert spec is not None
-    rows = spec.intermediate * (1 if spec.gate == "none" else 2)
+    rows = spec.up_rows
     if "gate_up" in entry.bases:
         shapes = {"gate_up": (spec.num_experts, rows, spec.hidden)}
         shapes["down"] = (spec.num_experts, spec.hidden, spec.intermediate)

@@ -102,7 +102,7 @@ class PackedRequest:
         if f"{part}_{SCALES}" not in tensors:
             return None
         spec = self.spec
-        rows = spec.intermediate * (1 if spec.gate == "none" else 2)
+        rows = spec.up_rows
         N, K = (rows, spec.hidden) if part == "gate_up" else (spec.hidden, spec.intermediate)
         return _stored((spec.num_experts, N, K), tensors, part, f"{part}_")
 
@@ -129,7 +129,7 @@ class PackedRequest:
 
 def _model_layout(spec: ExpertsSpec, part: str, plain: torch.Tensor) -> torch.Tensor:
     """The inverse of ``plain_layout`` for one tensor."""
-    if spec.interleaved and spec.gate != "none" and part in ("gate_up", "gate_up_bias"):
+    if spec.alternates and part in ("gate_up", "gate_up_bias"):
         half = plain.shape[1] // 2
         plain = torch.stack([plain[:, :half], plain[:, half:]], dim=2).flatten(1, 2)
     if spec.transposed and part in ("gate_up", "down"):

@@ -183,7 +183,7 @@ def test_plain_weights_by_descriptors(extra: dict[str, Any], dtype: torch.dtype)
     known = torch.where(ids < 5, weights, 0.0).double()
     exact = reference_experts(spec, x.double(), ids.clamp(max=4), known, exact_weights)
     block = 32 if INTERPRETED else 128
-    up = experts.TilesConfig(block, 256 // experts.up_parts(spec), 64, 2, 8, 3, tma=True)
+    up = experts.TilesConfig(block, 256 // spec.up_parts, 64, 2, 8, 3, tma=True)
     down = experts.TilesConfig(block, 128, 64, 2, 8, 3, tma=True)
     assert all(experts.weight_of(spec, packed, i).takes_tma(dtype) for i in (0, 1))
     out = poisoned(x)

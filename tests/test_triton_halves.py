@@ -99,7 +99,7 @@ def test_experts_as_they_are_stored(extra: dict[str, Any], weights: str) -> None
     known = torch.where(ids < E, share, 0.0).double()
     exact = reference_experts(spec, x.double(), ids.clamp(max=4), known, exact_weights)
     block = 16 if INTERPRETED else 64
-    first = experts.TilesConfig(block, 128 // experts.up_parts(spec), 128, 2, 4, 3, 16, halves=True)
+    first = experts.TilesConfig(block, 128 // spec.up_parts, 128, 2, 4, 3, 16, halves=True)
     second = experts.TilesConfig(block, 128, 128, 2, 4, 3, 16, halves=True)
     out = poisoned(x)
     experts.routed_experts(spec, x, ids, share, packed, pairs=False, configs=(first, second), out=out)

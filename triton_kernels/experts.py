@@ -354,13 +354,8 @@ def weight_of(spec: ExpertsSpec, packed: Sequence[torch.Tensor], which: int) -> 
     return stored_weight(spec.weights, packed[which * many : (which + 1) * many])
 
 
-def up_parts(spec: ExpertsSpec) -> int:
-    """Weight rows that one value of I stands for: of gate and of up, or of up alone."""
-    return 1 if spec.gate == "none" else 2
-
-
 def tiles_choice(spec: ExpertsSpec, packed: Sequence[torch.Tensor], rows: float, dtype: torch.dtype) -> TilesPair:
-    up, down, parts = weight_of(spec, packed, 0), weight_of(spec, packed, 1), up_parts(spec)
+    up, down, parts = weight_of(spec, packed, 0), weight_of(spec, packed, 1), spec.up_parts
     if up.takes_halves(dtype) and down.takes_halves(dtype):
         return halves_config(up, rows, parts), halves_config(down, rows, 1)
     return tiles_config(up, rows, dtype, parts), tiles_config(down, rows, dtype, 1)
@@ -378,7 +373,7 @@ def default_configs(
     """What a call with T tokens runs with; E: the experts to reckon with, if not those of ``spec``."""
     if pairs:
         up, down = weight_of(spec, packed, 0), weight_of(spec, packed, 1)
-        up_config = pairs_config(up, spec.hidden, up_parts(spec), dtype, T)
+        up_config = pairs_config(up, spec.hidden, spec.up_parts, dtype, T)
         return up_config, pairs_config(down, spec.intermediate, K, dtype, T)
     return tiles_choice(spec, packed, T * K / min(T * K, E or spec.num_experts), dtype)
 
@@ -484,7 +479,7 @@ def _run_pairs(
     down: StoredWeight, biases: Sequence[torch.Tensor], out: torch.Tensor, first: PairsConfig, second: PairsConfig,
 ) -> None:  # fmt: skip
     (T, H), K, inter, E = x.shape, ids.shape[1], spec.intermediate, spec.num_experts
-    L = up_parts(spec)
+    L = spec.up_parts
     h = torch.empty(T * K, inter, dtype=x.dtype, device=x.device)
     # Not early: the kernel before may be the router.
     xs = row_inputs(x, up)
@@ -528,7 +523,7 @@ def _stored_tiles(
     biases: Sequence[torch.Tensor], h: torch.Tensor, y: torch.Tensor, first: TilesConfig, second: TilesConfig,
 ) -> None:  # fmt: skip
     """h (S, I) and y (S, H) of all pairs, for weights in any format."""
-    H, inter, L = spec.hidden, spec.intermediate, up_parts(spec)
+    H, inter, L = spec.hidden, spec.intermediate, spec.up_parts
     n_tiles = cdiv(inter, first.BN)
     _tiles_up_kernel[(grouped.max_tiles * n_tiles,)](
         x, grouped.order, grouped.tiles, up.data, up.scales, up.zeros, biases[0], h,

@@ -180,7 +180,7 @@ def halved_tiles(
     The weights must say ``takes_halves`` for x's dtype.
     """
     E, (T, H), inter, fmt = spec.num_experts, x.shape, spec.intermediate, up.fmt
-    L = up.data.numel() // (E * inter * H)
+    L = spec.up_parts
     xs = halved_inputs(x, fmt)
     up_data = stored_view(up.data, fmt).view(L * E, inter, H)
     n_tiles = cdiv(inter, first.BN)

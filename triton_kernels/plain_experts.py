@@ -125,7 +125,7 @@ def plain_tiles(
     The weights must say ``takes_tma`` for x's dtype; H and I are then whole steps of up to 64.
     """
     E, H, inter = spec.num_experts, spec.hidden, spec.intermediate
-    L = up.data.numel() // (E * inter * H)
+    L = spec.up_parts
     BN, BK = first.BN, first.BK
     n_tiles = cdiv(inter, BN)
     _up_kernel[(grouped.max_tiles * n_tiles,)](

@@ -57,6 +57,21 @@ class ExpertsSpec:
     weights: str = "model"
     activations: str = "model"
 
+    @property
+    def up_parts(self) -> int:
+        """Weight rows that one value of I stands for: of gate and of up, or of up alone."""
+        return 1 if self.gate == "none" else 2
+
+    @property
+    def up_rows(self) -> int:
+        """Rows of gate_up: 2·I, or I without a gate."""
+        return self.up_parts * self.intermediate
+
+    @property
+    def alternates(self) -> bool:
+        """Whether gate_up's rows have to be told apart one by one: interleaved, and there are two kinds."""
+        return self.interleaved and self.gate != "none"
+
     def encode(self) -> str:
         """The spec as one canonical string (a compiled graph holds it as a constant)."""
         return json.dumps(asdict(self), sort_keys=True, separators=(",", ":"))
@@ -140,7 +155,7 @@ def plain_layout(spec: ExpertsSpec, tensors: Mapping[str, torch.Tensor]) -> dict
     plain = {"gate_up": gate_up, "down": down}
     if spec.has_bias:
         plain |= {"gate_up_bias": tensors["gate_up_bias"], "down_bias": tensors["down_bias"]}
-    if spec.interleaved and spec.gate != "none":
+    if spec.alternates:
         plain["gate_up"] = torch.cat([gate_up[:, 0::2], gate_up[:, 1::2]], dim=1)
         if spec.has_bias:
             bias = plain["gate_up_bias"]
@@ -153,7 +168,7 @@ def stored_parts(spec: ExpertsSpec, tensors: Mapping[str, Any]) -> dict[str, Qua
 
     Raises WeightError for another format or shape than the spec's, and for a layout that is not the plain one.
     """
-    rows = spec.intermediate * (1 if spec.gate == "none" else 2)
+    rows = spec.up_rows
     E, shapes = spec.num_experts, {"gate_up": (rows, spec.hidden), "down": (spec.hidden, spec.intermediate)}
     found = {part: tensors[part] for part in shapes if isinstance(tensors[part], QuantizedWeight)}
     for part, weight in found.items():
@@ -248,7 +263,7 @@ def _reference_tensors(spec: ExpertsSpec, tensors: Mapping[str, torch.Tensor]) -
 
 def _reference_meta(spec: ExpertsSpec, dtype: torch.dtype) -> list[TensorMeta]:
     E, H, inter = spec.num_experts, spec.hidden, spec.intermediate
-    rows = inter if spec.gate == "none" else 2 * inter
+    rows = spec.up_rows
     metas = [TensorMeta((E, rows, H), dtype), TensorMeta((E, H, inter), dtype)]
     if spec.has_bias:
         metas += [TensorMeta((E, rows), dtype), TensorMeta((E, H), dtype)]

@@ -133,7 +133,7 @@ def aten_experts(
 
 def _shapes(spec: ExpertsSpec) -> dict[str, tuple[int, ...]]:
     E, H, inter = spec.num_experts, spec.hidden, spec.intermediate
-    rows = inter if spec.gate == "none" else 2 * inter
+    rows = spec.up_rows
     return {"gate_up": (E, rows, H), "down": (E, H, inter)}
 
 
@@ -214,7 +214,7 @@ def _restored(spec: ExpertsSpec, packed: Sequence[torch.Tensor], part: str, expe
         return experts_native.restored(spec, packed, part, experts)
     names = ("gate_up", "down", "gate_up_bias", "down_bias")
     plain = packed[names.index(part)][experts.start : experts.stop]
-    if spec.interleaved and spec.gate != "none" and part in ("gate_up", "gate_up_bias"):
+    if spec.alternates and part in ("gate_up", "gate_up_bias"):
         plain = torch.stack(plain.chunk(2, dim=1), dim=2).flatten(1, 2)
     return (plain.transpose(1, 2) if spec.transposed and not part.endswith("_bias") else plain).clone()
 

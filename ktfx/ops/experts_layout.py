@@ -105,7 +105,7 @@ def _with_scales(
     module: Any, plain: ExpertsLayout, weights: dict[str, str], scales: dict[str, str | None]
 ) -> StoredLayout | str:
     spec, parameters = plain.spec, dict(plain.parameters)
-    E, rows = spec.num_experts, spec.intermediate * (1 if spec.gate == "none" else 2)
+    E, rows = spec.num_experts, spec.up_rows
     shapes = {"gate_up": (E, rows, spec.hidden), "down": (E, spec.hidden, spec.intermediate)}
     formats: dict[str | None, None] = {}
     for part, name in weights.items():

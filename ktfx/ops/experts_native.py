@@ -40,9 +40,8 @@ def _layouts(spec: ExpertsSpec, dtype: torch.dtype) -> tuple[native.Matrix, nati
     form, group = parse_format(spec.weights)
     code = DTYPES[dtype] if form.name == "model" else _FORMATS[form.name]
     gated = spec.gate != "none"
-    rows = spec.intermediate * (2 if gated else 1)
     up, down = native.Matrix(), native.Matrix()
-    for matrix, N, K, paired in ((up, rows, spec.hidden, gated), (down, spec.hidden, spec.intermediate, False)):
+    for matrix, N, K, paired in ((up, spec.up_rows, spec.hidden, gated), (down, spec.hidden, spec.intermediate, False)):
         if lib().ktfx_matrix_layout(ctypes.byref(matrix), code, group, DTYPES[dtype], N, K, int(paired)):
             raise WeightError(f"the CPU kernels cannot lay out a {N} x {K} matrix as {spec.weights}")
     return up, down
@@ -84,7 +83,7 @@ def pack(spec: ExpertsSpec, tensors: Mapping[str, Weight], dtype: torch.dtype | 
             dtype = gate_up.scales.dtype
     metas = packed_meta(spec, dtype)
     out: list[torch.Tensor] = []
-    interleaved = spec.interleaved and spec.gate != "none"
+    interleaved = spec.alternates
     for i, (weight, matrix) in enumerate(zip((gate_up, down), _layouts(spec, dtype), strict=True)):
         packed = aligned_empty(metas[i].shape)
         lib().ktfx_place(packed.data_ptr(), ctypes.byref(matrix), spec.num_experts, i)
@@ -140,7 +139,7 @@ def _pack_matrix(
 def restored(spec: ExpertsSpec, packed: Sequence[torch.Tensor], part: str, experts: range) -> torch.Tensor:
     """A part of a layer packed as ``model``, bit for bit, in the model's layout and dtype, for a range of experts."""
     dtype = packed[-1].dtype
-    interleaved = spec.interleaved and spec.gate != "none"
+    interleaved = spec.alternates
     if part.endswith("_bias"):
         bias = packed[2 if part == "gate_up_bias" else 3][experts.start : experts.stop]
         if interleaved and part == "gate_up_bias":

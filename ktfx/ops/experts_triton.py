@@ -29,9 +29,8 @@ FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def _shapes(spec: ExpertsSpec) -> dict[str, tuple[int, int, int]]:
-    rows = spec.intermediate * (1 if spec.gate == "none" else 2)
     return {
-        "gate_up": (spec.num_experts, rows, spec.hidden),
+        "gate_up": (spec.num_experts, spec.up_rows, spec.hidden),
         "down": (spec.num_experts, spec.hidden, spec.intermediate),
     }
 
@@ -115,7 +114,7 @@ def forward(
 
 def takes_parameters(spec: ExpertsSpec) -> bool:
     """Of a weight that is stored in the spec's format its own tensors are what ``pack`` would copy."""
-    return not spec.transposed and (not spec.interleaved or spec.gate == "none")
+    return not spec.transposed and not spec.alternates
 
 
 TRITON_KERNEL = register_experts_kernel(
