@@ -22,7 +22,7 @@ FORMATS = ["model", "int8", "int4", "int4-g32", "int4-g128", "int4zp", "fp8", "m
 
 def make(spec: ExpertsSpec, dtype: torch.dtype, seed: int = 0) -> dict[str, torch.Tensor]:
     E, H, inter = spec.num_experts, spec.hidden, spec.intermediate
-    rows = inter if spec.gate == "none" else 2 * inter
+    rows = spec.up_rows
     shapes = {"gate_up": (E, rows, H), "down": (E, H, inter), "gate_up_bias": (E, rows), "down_bias": (E, H)}
     tensors = {k: normal(*s, seed=seed + i, dtype=dtype, scale=0.2) for i, (k, s) in enumerate(shapes.items())}
     if spec.transposed:

@@ -82,7 +82,7 @@ def test_experts_as_they_are_stored(extra: dict[str, Any], weights: str) -> None
     able()
     E, H, inter, dtype = 5, 144, 80, torch.bfloat16
     spec = ExpertsSpec(E, H, inter, weights=weights, **extra)
-    kernel, rows = experts_kernel("triton"), inter * (1 if extra.get("gate") == "none" else 2)
+    kernel, rows = experts_kernel("triton"), spec.up_rows
     up, down = normal(E, rows, H, seed=1, dtype=dtype, scale=0.1), normal(E, H, inter, seed=2, dtype=dtype, scale=0.1)
     made = {"gate_up_bias": normal(E, rows, seed=3, dtype=dtype), "down_bias": normal(E, H, seed=4, dtype=dtype)}
     for name, weight in (("gate_up", up), ("down", down)):

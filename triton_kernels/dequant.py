@@ -121,11 +121,11 @@ def narrow(t, DT: tl.constexpr):
 
 @triton.jit
 def product(a, b, acc):
-    """acc + a·b, sums in float32, float32 operands without tf32's loss."""
+    """acc + a·b, sums in float32 (int32 for int8 operands), float32 operands without tf32's loss."""
     if INTERPRETED:  # the interpreter would multiply bfloat16's bits as integers
-        acc = tl.dot(a.to(tl.float32), b.to(tl.float32), acc, input_precision="ieee")
+        acc += tl.dot(a.to(tl.float32), b.to(tl.float32), input_precision="ieee").to(acc.dtype)
     else:
-        acc = tl.dot(a, b, acc, input_precision="ieee")
+        acc = tl.dot(a, b, acc, input_precision="ieee", out_dtype=acc.dtype)
     return acc
 
 

@@ -26,7 +26,7 @@ from ktfx.triton_kernels.input_halves import (
 )
 from ktfx.triton_kernels.launch import cdiv
 from ktfx.triton_kernels.matmul import StoredWeight, load_inputs, scale_row
-from ktfx.triton_kernels.tile_results import store_down, store_up
+from ktfx.triton_kernels.tile_results import pairs_inputs, store_down, store_up
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ktfx.ops.experts import ExpertsSpec
@@ -42,12 +42,6 @@ def _inputs(order_ptr, first, start, count, T, H, TOPK: tl.constexpr, M: tl.cons
     there = start + m % M < count
     pair = tl.load(order_ptr + first + start + m % M, mask=there, other=0)
     return (m // M * T + pair // TOPK).to(tl.int64) * H, there
-
-
-@triton.jit
-def _token_scales(xs_ptr, order_ptr, first, start, count, TOPK: tl.constexpr, M: tl.constexpr):
-    m = start + tl.arange(0, M)
-    return tl.load(xs_ptr + tl.load(order_ptr + first + m, mask=m < count, other=0) // TOPK)
 
 
 @triton.jit
@@ -74,15 +68,15 @@ def _up_tile(
         if MORE > 0:
             more = add_products(more, w, load_inputs(x_ptr, more_rows, more_there, k0, H, BK), scale, FMT)
     if MORE > 0:
-        x_scale = _token_scales(xs_ptr, order_ptr, first, BM, count, TOPK, MORE)
+        _, token = pairs_inputs(order_ptr, first, BM, count, 1, TOPK, MORE)
         store_up(
-            worth(more, x_scale, MORE, FMT), h_ptr, s_ptr, b_ptr, row, srow, ok, first, BM, count, n_tile, inter,
-            alpha, limit, L, FMT, ACT, GATE, BIAS, BN,
+            worth(more, tl.load(xs_ptr + token), MORE, FMT), h_ptr, s_ptr, b_ptr, row, srow, ok, first, BM, count,
+            n_tile, inter, alpha, limit, L, FMT, ACT, GATE, BIAS, BN,
         )  # fmt: skip
-    x_scale = _token_scales(xs_ptr, order_ptr, first, 0, count, TOPK, BM)
+    _, token = pairs_inputs(order_ptr, first, 0, count, 1, TOPK, BM)
     store_up(
-        worth(acc, x_scale, BM, FMT), h_ptr, s_ptr, b_ptr, row, srow, ok, first, 0, count, n_tile, inter,
-        alpha, limit, L, FMT, ACT, GATE, BIAS, BN,
+        worth(acc, tl.load(xs_ptr + token), BM, FMT), h_ptr, s_ptr, b_ptr, row, srow, ok, first, 0, count, n_tile,
+        inter, alpha, limit, L, FMT, ACT, GATE, BIAS, BN,
     )  # fmt: skip
 
 

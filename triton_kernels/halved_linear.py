@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING
 import torch
 import triton
 import triton.language as tl
-from ktfx.triton_kernels.dequant import narrow
 from ktfx.triton_kernels.input_halves import add_products, halved_inputs, no_products, stored_view, worth
 from ktfx.triton_kernels.launch import cdiv
 from ktfx.triton_kernels.matmul import StoredWeight, scale_row
+from ktfx.triton_kernels.tile_results import linear_tile, store_linear
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 if TYPE_CHECKING:
@@ -27,14 +27,9 @@ def _halves_kernel(
     FMT: tl.constexpr, BIAS: tl.constexpr, SPLIT: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
-    pid, part = tl.program_id(0), tl.program_id(1)
-    m_tiles, n_tiles = tl.cdiv(M, BM), tl.cdiv(N, BN)
-    in_group = GROUP * n_tiles
-    first = pid // in_group * GROUP
-    size = tl.minimum(m_tiles - first, GROUP)
-    m_first, n_first = (first + pid % in_group % size) * BM, pid % in_group // size * BN
+    part, (m_first, n_first) = tl.program_id(1), linear_tile(M, N, BM, BN, GROUP)
     m, n = m_first + tl.arange(0, BM), n_first + tl.arange(0, BN)
-    there, ok = m < M, n < N
+    ok = n < N
     srow = scale_row(tl.zeros((1,), tl.int64), n.to(tl.int64), N, FMT)
     acc, scale = no_products(BN, BM, FMT), tl.zeros((BN,), tl.float32)
     for k0 in tl.range(part * span, tl.minimum((part + 1) * span, K), BK):
@@ -42,16 +37,8 @@ def _halves_kernel(
             scale = tl.load(s_ptr + srow * lds + k0 // 128, mask=ok, other=0.0)
         x = x_tiles.load([0, m_first, k0]).reshape(2 * BM, BK).T
         acc = add_products(acc, w_tiles.load([n_first, k0]), x, scale, FMT)
-    y = worth(acc, tl.load(xs_ptr + m, mask=there, other=0.0), BM, FMT)
-    if FMT == "int8":
-        y *= tl.load(s_ptr + n, mask=ok, other=0.0)[:, None]
-    at = m.to(tl.int64)[None, :] * N + n[:, None]
-    if SPLIT > 1:
-        tl.store(y_ptr + part.to(tl.int64) * M * N + at, y, mask=ok[:, None] & there[None, :])
-    else:
-        if BIAS:
-            y += tl.load(b_ptr + n, mask=ok, other=0.0).to(tl.float32)[:, None]
-        tl.store(y_ptr + at, narrow(y, y_ptr.dtype.element_ty), mask=ok[:, None] & there[None, :])
+    y = worth(acc, tl.load(xs_ptr + m, mask=m < M, other=0.0), BM, FMT)
+    store_linear(y, y_ptr, s_ptr, b_ptr, m, n, M, N, part, FMT, BIAS, SPLIT)
 
 
 def halved_linear(
@@ -62,12 +49,12 @@ def halved_linear(
 
     The weight must say ``takes_halves`` for x's dtype.
     """
-    (M, K), N, split = x.shape, y.shape[-1], cdiv(x.shape[1], span)
+    (M, K), N = x.shape, y.shape[-1]
     xs, fmt = halved_inputs(x, weight.fmt), weight.fmt
     data = stored_view(weight.data, fmt)
-    _halves_kernel[(cdiv(M, c.BM) * cdiv(N, c.BN), split)](
+    _halves_kernel[(cdiv(M, c.BM) * cdiv(N, c.BN), c.SPLIT)](
         TensorDescriptor.from_tensor(xs.halves, [2, c.BM, c.BK]), xs.scales,
         TensorDescriptor.from_tensor(data, [c.BN, c.BK]), weight.scales, bias, y, M, N, K, weight.lds, span,
-        FMT=fmt, BIAS=has_bias, SPLIT=split, BM=c.BM, BN=c.BN, BK=c.BK, GROUP=c.GROUP,
+        FMT=fmt, BIAS=has_bias, SPLIT=c.SPLIT, BM=c.BM, BN=c.BN, BK=c.BK, GROUP=c.GROUP,
         num_warps=c.num_warps, num_stages=c.num_stages,
     )  # fmt: skip

@@ -13,11 +13,12 @@ from dataclasses import dataclass
 import torch
 import triton
 import triton.language as tl
-from ktfx.triton_kernels.dequant import INTERPRETED
+from ktfx.triton_kernels.dequant import product
+from ktfx.triton_kernels.integer_rows import LARGEST, int16_bytes
 from ktfx.triton_kernels.launch import on_its_device, pow2
 
-# 127 · 256 + 127: the largest number of which both bytes are signed and neither is -128.
-_LARGEST = tl.constexpr(32639.0)
+# What halves are for a weight's format, and what tensor cores take the weight as.
+EIGHT_BITS = {"fp8": torch.float8_e4m3fn, "int8": torch.int8}
 
 
 @dataclass(frozen=True)
@@ -53,10 +54,8 @@ def _halve_kernel(x_ptr, halves_ptr, scales_ptr, T, K, ldx, FMT: tl.constexpr, K
         scale = ((exponent - 7) << 23).to(tl.float32, bitcast=True)
     else:
         largest = tl.maximum(largest, 1e-30)
-        q = tl.floor(x * (1.0 / largest * _LARGEST) + 0.5).to(tl.int32)
-        whole = (q + 128) >> 8
-        high, low = whole.to(tl.int8), (q - whole * 256).to(tl.int8)
-        scale = largest / _LARGEST
+        _, high, low = int16_bytes(x, 1.0 / largest * LARGEST)
+        scale = largest / LARGEST
     tl.store(halves_ptr + t * K + k, high, mask=k < K)
     tl.store(halves_ptr + (t + T) * K + k, low, mask=k < K)
     # An infinity or NaN makes its whole row NaN; a maximum alone might drop it.
@@ -67,8 +66,7 @@ def _halve_kernel(x_ptr, halves_ptr, scales_ptr, T, K, ldx, FMT: tl.constexpr, K
 def halved_inputs(x: torch.Tensor, fmt: str) -> HalvedInputs:
     """x (T, K), neighbours along K, for weights of a format, ``fp8`` or ``int8``."""
     T, K = x.shape
-    dtype = torch.float8_e4m3fn if fmt == "fp8" else torch.int8
-    halves = torch.empty(2, T, K, dtype=dtype, device=x.device)
+    halves = torch.empty(2, T, K, dtype=EIGHT_BITS[fmt], device=x.device)
     scales = torch.empty(T, dtype=torch.float32, device=x.device)
     KP = pow2(K)
     _halve_kernel[(T,)](x, halves, scales, T, K, x.stride(0), FMT=fmt, KP=KP, num_warps=min(8, max(1, KP // 512)))
@@ -77,17 +75,7 @@ def halved_inputs(x: torch.Tensor, fmt: str) -> HalvedInputs:
 
 def stored_view(data: torch.Tensor, fmt: str) -> torch.Tensor:
     """A weight's bytes in the type that tensor cores multiply."""
-    return data.view(torch.float8_e4m3fn) if fmt == "fp8" else data.view(torch.int8)
-
-
-@triton.jit
-def eight_bit_product(w, x, acc):
-    """acc + w·x, both float8 e4m3 (sums in float32) or both int8 (sums in int32)."""
-    if INTERPRETED:
-        acc += tl.dot(w.to(tl.float32), x.to(tl.float32), input_precision="ieee").to(acc.dtype)
-    else:
-        acc = tl.dot(w, x, acc, input_precision="ieee", out_dtype=acc.dtype)
-    return acc
+    return data.view(EIGHT_BITS[fmt])
 
 
 @triton.jit
@@ -104,10 +92,10 @@ def add_products(acc, w, x, scale, FMT: tl.constexpr):
     than within a block of scales, which have to be multiplied then anyway. int8: acc (N, 2·M) in int32.
     """
     if FMT == "fp8":
-        high, low = both_halves(eight_bit_product(w, x, tl.zeros((w.shape[0], x.shape[1]), tl.float32)), acc.shape[1])
+        high, low = both_halves(product(w, x, tl.zeros((w.shape[0], x.shape[1]), tl.float32)), acc.shape[1])
         acc += (high + low) * scale[:, None]
     else:
-        acc = eight_bit_product(w, x, acc)
+        acc = product(w, x, acc)
     return acc
 
 

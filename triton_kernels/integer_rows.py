@@ -25,7 +25,7 @@ from ktfx.triton_kernels.launch import cdiv, on_its_device
 BLOCK = 32
 _BLOCK = tl.constexpr(BLOCK)
 # 127 · 256 + 127: the largest number of which both bytes are signed and neither is -128.
-_LARGEST = tl.constexpr(32639.0)
+LARGEST = tl.constexpr(32639.0)
 
 
 @dataclass(frozen=True)
@@ -41,6 +41,14 @@ class IntegerInputs:
 
 
 @triton.jit
+def int16_bytes(x, factor):
+    """x · factor, at most ``LARGEST``, as integers: whole (int32), and their high and low bytes, 256·high + low."""
+    q = tl.floor(x * factor + 0.5).to(tl.int32)
+    high = (q + 128) >> 8
+    return q, high.to(tl.int8), (q - high * 256).to(tl.int8)
+
+
+@triton.jit
 def _quantise_kernel(
     x_ptr, planes_ptr, scales_ptr, K, blocks, ldx, FMT: tl.constexpr, BLOCKS: tl.constexpr,
     EARLY: tl.constexpr = False, DEPENDENT: tl.constexpr = False,
@@ -53,18 +61,16 @@ def _quantise_kernel(
     x = tl.load(x_ptr + t * ldx + k, mask=k < K, other=0.0).to(tl.float32)
     # An infinity or NaN makes its whole block NaN; a maximum alone might drop it.
     largest = tl.maximum(tl.max(tl.abs(x), 1), 1e-30) + tl.sum(x * 0.0, 1)
-    q = tl.floor(x * (1.0 / largest * _LARGEST)[:, None] + 0.5).to(tl.int32)
-    high = (q + 128) >> 8
-    low = q - high * 256
+    q, high, low = int16_bytes(x, (1.0 / largest * LARGEST)[:, None])
     # Bytes of a block that one plane holds, and the place of value i among both planes' of the block.
     RUN: tl.constexpr = 32 if FMT == "int8" else 16
     place = ((i // 2 % 2) * 4 + i // 4 % 4) * 4 + (i % 2) * 2 + i // 16 if FMT == "mxfp4" else i
     there = (b < blocks)[:, None] & (i >= 0)[None, :]
     at = t * blocks * 64 + (place // RUN)[None, :] * blocks * RUN + b[:, None] * RUN + (place % RUN)[None, :]
-    tl.store(planes_ptr + at, high.to(tl.int8), mask=there)
-    tl.store(planes_ptr + at + blocks * 32, low.to(tl.int8), mask=there)
+    tl.store(planes_ptr + at, high, mask=there)
+    tl.store(planes_ptr + at + blocks * 32, low, mask=there)
     to = scales_ptr + t * 2 * blocks + b
-    tl.store(to, largest / _LARGEST, mask=b < blocks)
+    tl.store(to, largest / LARGEST, mask=b < blocks)
     tl.store(to + blocks, tl.sum(q, 1).to(tl.float32), mask=b < blocks)
 
 

@@ -7,7 +7,7 @@ split over SPLIT programs that write float32 partial sums, and a second kernel a
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 import torch
 import triton
@@ -29,6 +29,7 @@ from ktfx.triton_kernels.matmul import (
     stored_weight,
     tile_shape,
 )
+from ktfx.triton_kernels.tile_results import linear_tile, store_linear
 
 
 @triton.jit
@@ -67,13 +68,8 @@ def _tiles_kernel(
     FMT: tl.constexpr, G: tl.constexpr, BIAS: tl.constexpr, NATIVE: tl.constexpr, SPLIT: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr, PAIRED: tl.constexpr,
 ):  # fmt: skip
-    pid, part = tl.program_id(0), tl.program_id(1)
-    m_tiles, n_tiles = tl.cdiv(M, BM), tl.cdiv(N, BN)
-    in_group = GROUP * n_tiles
-    first = pid // in_group * GROUP
-    size = tl.minimum(m_tiles - first, GROUP)
-    m = (first + pid % in_group % size) * BM + tl.arange(0, BM)
-    n = pid % in_group // size * BN + tl.arange(0, BN)
+    part, (m_first, n_first) = tl.program_id(1), linear_tile(M, N, BM, BN, GROUP)
+    m, n = m_first + tl.arange(0, BM), n_first + tl.arange(0, BN)
     there, ok = m < M, n < N
     xrow = m.to(tl.int64) * ldx
     row = n.to(tl.int64)
@@ -82,15 +78,7 @@ def _tiles_kernel(
     for k0 in tl.range(part * span, tl.minimum((part + 1) * span, K), BK):
         x = load_inputs(x_ptr, xrow, there, k0, K, BK)
         acc = multiply_tile(acc, x, w_ptr, s_ptr, z_ptr, row, srow, ok, k0, K, ldw, lds, FMT, G, BK, NATIVE, PAIRED)
-    if FMT == "int8":
-        acc *= tl.load(s_ptr + n, mask=ok, other=0.0)[:, None]
-    at = m.to(tl.int64)[None, :] * N + n[:, None]
-    if SPLIT > 1:
-        tl.store(y_ptr + part.to(tl.int64) * M * N + at, acc, mask=ok[:, None] & there[None, :])
-    else:
-        if BIAS:
-            acc += tl.load(b_ptr + n, mask=ok, other=0.0).to(tl.float32)[:, None]
-        tl.store(y_ptr + at, narrow(acc, y_ptr.dtype.element_ty), mask=ok[:, None] & there[None, :])
+    store_linear(acc, y_ptr, s_ptr, b_ptr, m, n, M, N, part, FMT, BIAS, SPLIT)
 
 
 @triton.jit
@@ -182,6 +170,7 @@ def linear(
         return y
     span = cdiv(cdiv(K, c.SPLIT), max(c.BK, weight.group)) * max(c.BK, weight.group)  # parts begin at whole groups
     split = cdiv(K, span)
+    c = replace(c, SPLIT=split)
     target = torch.empty(split, M, N, dtype=torch.float32, device=x.device) if split > 1 else y
     if c.halves:
         halved_linear(flat, weight, b, bias is not None, target, c, span)
@@ -197,10 +186,10 @@ def _tiles(
     span: int,
 ) -> None:  # fmt: skip
     """What ``halved_linear`` does, for weights in any format."""
-    (M, K), N, split = x.shape, y.shape[-1], cdiv(x.shape[1], span)
-    _tiles_kernel[(cdiv(M, c.BM) * cdiv(N, c.BN), split)](
+    (M, K), N = x.shape, y.shape[-1]
+    _tiles_kernel[(cdiv(M, c.BM) * cdiv(N, c.BN), c.SPLIT)](
         x, weight.data, weight.scales, weight.zeros, bias, y,
         M, N, K, x.stride(0), weight.ldw, weight.lds, span,
-        SPLIT=split, BM=c.BM, BN=c.BN, GROUP=c.GROUP, num_warps=c.num_warps, num_stages=c.num_stages,
+        SPLIT=c.SPLIT, BM=c.BM, BN=c.BN, GROUP=c.GROUP, num_warps=c.num_warps, num_stages=c.num_stages,
         BIAS=has_bias, **weight.tile_constants(x, c.BK),
     )  # fmt: skip

@@ -24,6 +24,7 @@ from ktfx.triton_kernels.dequant import (
     product,
     settled,
 )
+from ktfx.triton_kernels.input_halves import EIGHT_BITS
 from ktfx.triton_kernels.integer_rows import integer_inputs, multiply_integers
 from ktfx.triton_kernels.launch import bytes_view, cdiv, native_fp8, pow2, shared_memory, takes_descriptors
 from ktfx.triton_kernels.paired_values import int8_byte, paired_nibbles
@@ -247,7 +248,7 @@ class StoredWeight:
         aligned = self.ldw % 16 == 0 and self.data.data_ptr() % 16 == 0 and self.data.is_contiguous()
         device = self.data.device
         able = takes_descriptors(device) and shared_memory(device) >= 225_000
-        return held and self.fmt in ("fp8", "int8") and aligned and able
+        return held and self.fmt in EIGHT_BITS and aligned and able
 
     def whole_groups(self, step: int) -> bool:
         """Whether steps of a tile's loop are parts of a group, or whole groups (of nibbles alone)."""

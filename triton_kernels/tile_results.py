@@ -1,6 +1,6 @@
-"""What every kernel of tiles with weights as the left operand begins and ends with: its pairs, and where sums go.
+"""What every kernel of tiles with weights as the left operand begins and ends with: its inputs, and where sums go.
 
-Sums are float32 (weight rows, pairs). Shape suffixes as in ``ktfx.ops.experts``.
+Sums are float32 (weight rows, pairs or inputs). Shape suffixes as in ``ktfx.ops.experts``.
 """
 
 from __future__ import annotations
@@ -55,3 +55,30 @@ def store_down(
     pair = tl.load(order_ptr + first + m, mask=there, other=0).to(tl.int64)
     at = y_ptr + pair[None, :] * H + n[:, None]
     tl.store(at, narrow(acc, y_ptr.dtype.element_ty), mask=ok[:, None] & there[None, :])
+
+
+@triton.jit
+def linear_tile(M, N, BM: tl.constexpr, BN: tl.constexpr, GROUP: tl.constexpr):
+    """The first input and the first weight row of this program's tile; GROUP tiles share weight rows in L2."""
+    pid, m_tiles, n_tiles = tl.program_id(0), tl.cdiv(M, BM), tl.cdiv(N, BN)
+    in_group = GROUP * n_tiles
+    first = pid // in_group * GROUP
+    size = tl.minimum(m_tiles - first, GROUP)
+    return (first + pid % in_group % size) * BM, pid % in_group // size * BN
+
+
+@triton.jit
+def store_linear(
+    acc, y_ptr, s_ptr, b_ptr, m, n, M, N, part, FMT: tl.constexpr, BIAS: tl.constexpr, SPLIT: tl.constexpr
+):  # fmt: skip
+    """The sums acc of weight rows n and inputs m to y (M, N), or those of one part of a reduction to its (M, N)."""
+    there, ok = m < M, n < N
+    if FMT == "int8":
+        acc *= tl.load(s_ptr + n, mask=ok, other=0.0)[:, None]
+    at = m.to(tl.int64)[None, :] * N + n[:, None]
+    if SPLIT > 1:
+        tl.store(y_ptr + part.to(tl.int64) * M * N + at, acc, mask=ok[:, None] & there[None, :])
+    else:
+        if BIAS:
+            acc += tl.load(b_ptr + n, mask=ok, other=0.0).to(tl.float32)[:, None]
+        tl.store(y_ptr + at, narrow(acc, y_ptr.dtype.element_ty), mask=ok[:, None] & there[None, :])
