@@ -6,9 +6,11 @@ another layout. What is compiled here is not run.
 
 from __future__ import annotations
 
+import ast
 import os
 from collections.abc import Callable, Iterator
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -258,3 +260,27 @@ def test_registers_of_products_in_flight() -> None:
     wrong = overwritten(LOOP.format(left=1))
     assert [w.split(" overwritten by ")[1].split()[0] for w in wrong] == ["IMAD.WIDE", "LDS"]
     assert products_a_wait(LOOP.format(left=0)) == [2]
+
+
+def test_no_tuple_within_a_tuple_is_assigned_to() -> None:
+    """``a, (b, c) = …`` in a kernel: Triton 3.6 (torch 2.11) stops with a TypeError, later ones take it."""
+    import ktfx.triton_kernels
+
+    files = sorted(Path(str(ktfx.triton_kernels.__file__)).parent.glob("*.py"))
+    assert len(files) > 20
+    for file in files:
+        kernels = [
+            node
+            for node in ast.walk(ast.parse(file.read_text()))
+            if isinstance(node, ast.FunctionDef) and any(ast.unparse(d) == "triton.jit" for d in node.decorator_list)
+        ]
+        tuples = [
+            target
+            for kernel in kernels
+            for statement in ast.walk(kernel)
+            if isinstance(statement, ast.Assign)
+            for target in statement.targets
+            if isinstance(target, ast.Tuple)
+        ]
+        nested = [t for t in tuples if any(isinstance(part, ast.Tuple) for part in t.elts)]
+        assert not nested, f"{file.name}, line {nested[0].lineno}: two statements"

@@ -27,7 +27,8 @@ def _halves_kernel(
     FMT: tl.constexpr, BIAS: tl.constexpr, SPLIT: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
-    part, (m_first, n_first) = tl.program_id(1), linear_tile(M, N, BM, BN, GROUP)
+    part = tl.program_id(1)
+    m_first, n_first = linear_tile(M, N, BM, BN, GROUP)
     m, n = m_first + tl.arange(0, BM), n_first + tl.arange(0, BN)
     ok = n < N
     srow = scale_row(tl.zeros((1,), tl.int64), n.to(tl.int64), N, FMT)

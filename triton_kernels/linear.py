@@ -68,7 +68,8 @@ def _tiles_kernel(
     FMT: tl.constexpr, G: tl.constexpr, BIAS: tl.constexpr, NATIVE: tl.constexpr, SPLIT: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr, PAIRED: tl.constexpr,
 ):  # fmt: skip
-    part, (m_first, n_first) = tl.program_id(1), linear_tile(M, N, BM, BN, GROUP)
+    part = tl.program_id(1)
+    m_first, n_first = linear_tile(M, N, BM, BN, GROUP)
     m, n = m_first + tl.arange(0, BM), n_first + tl.arange(0, BN)
     there, ok = m < M, n < N
     xrow = m.to(tl.int64) * ldx
