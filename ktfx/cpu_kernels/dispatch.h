@@ -3,6 +3,7 @@
 
 namespace ktfx {
 const KernelTable& kernels();  // the table in force: KTFX_CPU_ISA, else the best that this machine runs
+bool memory_is_far();          // a processor of the kind whose many cores share one memory: those with AMX
 
 // `bytes` from `from` on, to be fetched while `parts` row blocks pass over `inputs` inputs: the part'th one's share.
 inline Ahead share_ahead(const uint8_t* from, int64_t bytes, int part, int parts, int inputs) {

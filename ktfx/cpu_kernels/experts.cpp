@@ -162,7 +162,7 @@ void multiply_rows(const Run& r, const ktfx_matrix& m, const PanelKind& kind, co
                    const uint8_t* next, const Ahead* ahead, const RowBlock& b, const Rows& in, int k, int end, float* c) {
   const KernelTable& kt = *r.kernels;
   if (!panel) {
-    const TileArgs a{tile, &m, in.q, in.dx, in.sx, c, k, end, kind.block, k == 0, next, ahead_bytes(kt, m.format),
+    const TileArgs a{tile, &m, in.q, in.dx, in.sx, c, k, end, kind.block, k == 0, next, ahead_bytes(m.format),
                      ahead ? *ahead : Ahead{}};
     tile_kernel(r, m, kind.panel, b.rows, ahead)(&a);
   } else if (kind.panel == kPanelF32) {
@@ -649,6 +649,8 @@ int32_t run_part(Run& r) {
   return KTFX_OK;
 }
 
+thread_local char last_message[KTFX_MESSAGE];
+
 int32_t fail(ktfx_call* call, int32_t status, const char* text) {
   snprintf(call->message, sizeof call->message, "%s", text);
   return call->status = status;
@@ -728,6 +730,27 @@ int32_t ktfx_experts(ktfx_call* call) {
     return ktfx::fail(call, KTFX_BAD_ARGUMENT, e.what());
   }
 }
+
+int32_t ktfx_experts_now(const ktfx_layer* layer, const void* x, const void* ids, const void* weights, void* out,
+                         int64_t tokens, int32_t chosen, int32_t dtypes) {
+  ktfx_call call;
+  call.layer = layer;
+  call.x = x;
+  call.ids = ids;
+  call.weights = weights;
+  call.out = out;
+  call.tokens = tokens;
+  call.chosen = chosen;
+  call.x_dtype = dtypes & 255;
+  call.id_dtype = dtypes >> 8 & 255;
+  call.weight_dtype = dtypes >> 16 & 255;
+  call.message[0] = 0;
+  const int32_t status = ktfx_experts(&call);
+  if (status != KTFX_OK) memcpy(ktfx::last_message, call.message, sizeof ktfx::last_message);
+  return status;
+}
+
+const char* ktfx_last_message(void) { return ktfx::last_message; }
 
 void ktfx_wake(void) {
   try {

@@ -24,6 +24,7 @@ uint64_t xcr0() {
 
 struct Features {
   bool avx2 = false, avx512 = false, amx = false;
+  bool amx_built_in = false;  // whatever the operating system allows
   Features() {
     unsigned a, b, c, d;
     if (!__get_cpuid(1, &a, &b, &c, &d)) return;
@@ -31,11 +32,12 @@ struct Features {
     if (!osxsave) return;
     const uint64_t state = xcr0();
     if (!__get_cpuid_count(7, 0, &a, &b, &c, &d)) return;
+    amx_built_in = (d >> 22 & 1) && (d >> 24 & 1);
     avx2 = (state & 0x6) == 0x6 && (b >> 5 & 1) && fma && f16c;
     avx512 = avx2 && (state & 0xe6) == 0xe6 && (b >> 16 & 1) && (b >> 17 & 1) && (b >> 30 & 1) && (b >> 31 & 1) &&
              (c >> 11 & 1);
     // The kernel hands out the tile registers' state only when asked (ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA).
-    amx = avx512 && (state & 0x60000) == 0x60000 && (d >> 22 & 1) && (d >> 24 & 1) &&
+    amx = avx512 && (state & 0x60000) == 0x60000 && amx_built_in &&
           syscall(SYS_arch_prctl, 0x1023, 18) == 0;
   }
 };
@@ -77,6 +79,14 @@ const KernelTable& kernels() {
     in_force.store(t, std::memory_order_release);
   }
   return *t;
+}
+
+bool memory_is_far() {
+#if defined(__x86_64__)
+  return features().amx_built_in;
+#else
+  return false;
+#endif
 }
 
 }  // namespace ktfx

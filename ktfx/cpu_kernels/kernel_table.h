@@ -14,6 +14,7 @@ constexpr int kAmxChunk = 32;
 // than a tile has.
 constexpr int kAmxPad = 32;
 constexpr int kAhead = 1024;
+constexpr int kFarAhead = 4 * kAhead;
 
 // How the rows of an expert's input lie for the tile kernels.
 enum Panel { kPanelF32 = 0, kPanelI16 = 1, kPanelI8 = 2, kPanelBf16Rows = 3 };
@@ -97,7 +98,7 @@ struct KernelTable {
   // One row of n inputs: raises some of peaks[k / group][16] to the bits of the largest magnitude, a 16-bit float's in
   // the upper half.
   void (*row_peaks)(const void* row, int dtype, int64_t n, int64_t group, int32_t* peaks);
-  double (*sum)(const uint8_t* data, int64_t bytes);  // reads every byte
+  double (*sum)(const uint8_t* data, int64_t bytes, bool fetch);  // reads every byte; fetch: in one stream, far ahead
   double (*fma)(int64_t rounds);                      // returns the float operations done
 };
 

@@ -4,7 +4,7 @@
 #include <stddef.h>
 #include <stdint.h>
 
-#define KTFX_ABI 2
+#define KTFX_ABI 3
 #define KTFX_MESSAGE 192
 #define KTFX_PROFILE 11
 
@@ -103,6 +103,10 @@ void ktfx_place(uint8_t* data, const ktfx_matrix* m, int32_t experts, int32_t is
 
 void ktfx_wake(void);  // threads that sleep begin to spin for a while: a call will come soon
 int32_t ktfx_experts(ktfx_call* call);
+// The same from numbers: dtypes of x, ids and weights, a byte each from the lowest. What went wrong: ktfx_last_message.
+int32_t ktfx_experts_now(const ktfx_layer* layer, const void* x, const void* ids, const void* weights, void* out,
+                         int64_t tokens, int32_t chosen, int32_t dtypes);
+const char* ktfx_last_message(void);  // of this thread's last ktfx_experts_now that failed
 int64_t ktfx_submit(const ktfx_call* call);         // copies the call; a ticket > 0
 int32_t ktfx_wait(int64_t ticket, char* message);   // the call's status; a ticket can be waited for once
 void ktfx_host_call(void* call);                    // a ktfx_call*: what cudaLaunchHostFunc takes
@@ -119,7 +123,8 @@ void ktfx_poller_destroy(ktfx_poller*);
 // laying out, [2] up, [6] down, [10] the sum over choices. After up and down, as means over the threads: how late they
 // began, how long they waited for the last, and how many of them (a fraction of one) took no task at all.
 void ktfx_profile(int32_t on, double* sums);
-double ktfx_measure_read(const void* data, int64_t bytes);  // bytes per second, all threads, the same pool
+// Bytes per second, all threads, the same pool. fetch: with prefetch instructions (one stream a thread) or without (four).
+double ktfx_measure_read(const void* data, int64_t bytes, int32_t fetch);
 double ktfx_measure_fma(void);                              // float operations per second, all threads
 
 #pragma GCC visibility pop

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-ABI = 2
+ABI = 3
 MESSAGE_BYTES = 192
 PROFILE_SUMS = 11
 FILE_NAME = "libktfx_cpu.so"
@@ -85,6 +85,11 @@ _SIGNATURES: dict[str, tuple[object, list[object]]] = {
     "ktfx_place": (None, [c_void_p, POINTER(Matrix), c_int32, c_int32]),
     "ktfx_wake": (None, []),
     "ktfx_experts": (c_int32, [POINTER(Call)]),
+    "ktfx_experts_now": (
+        c_int32,
+        [c_void_p, c_void_p, c_void_p, c_void_p, c_void_p, c_int64, c_int32, c_int32],
+    ),
+    "ktfx_last_message": (c_char_p, []),
     "ktfx_submit": (c_int64, [POINTER(Call)]),
     "ktfx_wait": (c_int32, [c_int64, c_char_p]),
     "ktfx_host_call": (None, [c_void_p]),
@@ -93,7 +98,7 @@ _SIGNATURES: dict[str, tuple[object, list[object]]] = {
     "ktfx_poller_arm": (None, [c_void_p, c_int32]),
     "ktfx_poller_destroy": (None, [c_void_p]),
     "ktfx_profile": (None, [c_int32, POINTER(c_double)]),
-    "ktfx_measure_read": (c_double, [c_void_p, c_int64]),
+    "ktfx_measure_read": (c_double, [c_void_p, c_int64, c_int32]),
     "ktfx_measure_fma": (c_double, []),
 }
 

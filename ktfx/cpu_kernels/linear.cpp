@@ -184,7 +184,7 @@ void multiply_rows(const Run& r, const uint8_t* tile, const float* panel, const 
   const KernelTable& kt = *r.kernels;
   if (!panel) {
     const TileArgs a{tile, r.m, b.q, b.dx, b.sx, c, k, end, r.block, k == 0, tile + r.m->tile_bytes,
-                     ahead_bytes(kt, r.m->format), ahead ? *ahead : Ahead{}};
+                     ahead_bytes(r.m->format), ahead ? *ahead : Ahead{}};
     tile_kernel(r, b.rows, ahead)(&a);
   } else if (r.panel == kPanelF32) {
     const float* x = (const float*)b.q + (int64_t)k * b.rows;  // the panel begins at input 0

@@ -10,6 +10,7 @@ namespace {
 struct Measuring {
   const uint8_t* data;
   int64_t bytes, piece;
+  bool fetch;
   volatile double sink[1024];
 };
 
@@ -24,7 +25,7 @@ double seconds_of(ktfx::Pool& p, int64_t n, ktfx::TaskFn fn, void* context) {
 
 extern "C" {
 
-double ktfx_measure_read(const void* data, int64_t bytes) {
+double ktfx_measure_read(const void* data, int64_t bytes, int32_t fetch) {
   auto p = ktfx::pool();
   std::lock_guard<std::mutex> hold(p->busy);
   p->begin_call();
@@ -32,12 +33,13 @@ double ktfx_measure_read(const void* data, int64_t bytes) {
   m.data = (const uint8_t*)data;
   m.bytes = bytes;
   m.piece = 512 << 10;
+  m.fetch = fetch != 0;
   const double s = seconds_of(
       *p, (bytes + m.piece - 1) / m.piece,
       [](void* c, int, int64_t task, int worker) {
         Measuring& q = *(Measuring*)c;
         const int64_t at = task * q.piece;
-        q.sink[worker % 1024] = ktfx::kernels().sum(q.data + at, std::min(q.piece, q.bytes - at));
+        q.sink[worker % 1024] = ktfx::kernels().sum(q.data + at, std::min(q.piece, q.bytes - at), q.fetch);
       },
       &m);
   return (double)bytes / s;

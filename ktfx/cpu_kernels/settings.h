@@ -3,7 +3,7 @@
 #include <atomic>
 #include <cstdlib>
 
-#include "kernel_table.h"
+#include "dispatch.h"
 
 namespace ktfx {
 struct Setting {
@@ -34,12 +34,13 @@ inline bool takes_amx(const KernelTable& kernels, int x_dtype, int format, int64
          format != KTFX_FMT_F16;
 }
 
-// Bytes of weights fetched before they are read. Cores with AMX wait longer for memory that many of them share: a tenth
-// (1 token) to a quarter (16 tokens in int4) less time with 4 KiB than with the kernels' own distance, which is best on
-// AVX2. There, integer weights need fewer bytes for the same inputs, and more instructions for the same bytes.
-inline int ahead_bytes(const KernelTable& kernels, int format) {
+// Bytes of weights fetched before they are read. Processors with AMX, whatever instructions are in force, wait longer for
+// memory that many cores share: a tenth (1 token) to a quarter (16 tokens in int4) less time with 4 KiB than with the
+// kernels' own distance, which is best on processors with AVX2 alone. There, integer weights need fewer bytes for the
+// same inputs, and more instructions for the same bytes.
+inline int ahead_bytes(int format) {
   const int set = ahead_setting().value.load(std::memory_order_relaxed);
   if (set) return set;
-  return kernels.amx ? 4 * kAhead : format >= KTFX_FMT_INT8 ? 2 * kAhead : kAhead;
+  return memory_is_far() ? kFarAhead : format >= KTFX_FMT_INT8 ? 2 * kAhead : kAhead;
 }
 }  // namespace ktfx

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 
 from ktfx.errors import KtfxError, PlacementError, WeightError
 from ktfx.formats import QuantizedWeight, format_name, parse_format
+from ktfx.ops.define import define_op
 
 Weight = torch.Tensor | QuantizedWeight
 
@@ -227,8 +228,7 @@ def _row(plain: Mapping[str, torch.Tensor], name: str, e: int, dtype: torch.dtyp
     return None if bias is None else bias[e].to(dtype)
 
 
-@torch.library.custom_op("ktfx::routed_experts", mutates_args=())
-def routed_experts(
+def _routed_experts(
     x_TH: torch.Tensor,
     ids_TK: torch.Tensor,
     weights_TK: torch.Tensor,
@@ -244,8 +244,7 @@ def routed_experts(
     return experts_kernel(kernel).forward(ExpertsSpec.decode(spec), x_TH, ids_TK, weights_TK, packed)
 
 
-@routed_experts.register_fake
-def _(
+def _routed_experts_fake(
     x_TH: torch.Tensor,
     ids_TK: torch.Tensor,
     weights_TK: torch.Tensor,
@@ -254,6 +253,9 @@ def _(
     spec: str,
 ) -> torch.Tensor:
     return x_TH.new_empty(x_TH.shape)
+
+
+routed_experts = define_op("ktfx::routed_experts", _routed_experts, _routed_experts_fake)
 
 
 def _reference_tensors(spec: ExpertsSpec, tensors: Mapping[str, torch.Tensor]) -> list[torch.Tensor]:

@@ -9,7 +9,7 @@ import ctypes
 import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property, lru_cache
+from functools import cache, cached_property, lru_cache
 from typing import Any
 
 import torch
@@ -21,6 +21,10 @@ from ktfx.ops.experts import ExpertsSpec, TensorMeta, Weight
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _ID_DTYPES = {torch.int32: 3, torch.int64: 4}
+# Dtypes of x, ids and weights to their codes, a byte each from the lowest.
+_DTYPES_OF_CALL = {
+    (x, i, w): DTYPES[x] | _ID_DTYPES[i] << 8 | DTYPES[w] << 16 for x in DTYPES for i in _ID_DTYPES for w in DTYPES
+}
 _FORMATS = {"fp8": 3, "int8": 4, "int4": 5, "int4zp": 6, "mxfp4": 7}
 _ACTIVATIONS = {"silu": 0, "gelu": 1, "gelu_tanh": 2, "relu": 3, "relu2": 4, "none": 5}
 _GATES = {"mul": 0, "clamped": 1, "none": 2}
@@ -28,6 +32,7 @@ _OK, _NO_MEMORY = 0, 3
 ALIGNMENT = 64
 
 
+@cache
 def lib() -> ctypes.CDLL:
     library = native.load().library
     if library is None:
@@ -204,6 +209,10 @@ class NativeLayer:
     def pointer(self) -> Any:
         return ctypes.pointer(self.struct)
 
+    @cached_property
+    def address(self) -> int:
+        return ctypes.addressof(self.struct)
+
 
 def native_layer(spec: ExpertsSpec, packed: Sequence[torch.Tensor]) -> NativeLayer:
     """The C structure for a layer's packed tensors; it keeps them alive."""
@@ -291,20 +300,10 @@ def _call_struct(
     layer: NativeLayer, x_TH: torch.Tensor, ids_TK: torch.Tensor, weights_TK: torch.Tensor, out_TH: torch.Tensor
 ) -> native.Call:
     """A ``ktfx_call`` over contiguous tensors and an output that is known to fit x."""
-    # Weights have just passed through every cache, Python's own memory is far away: as few steps as will do.
     T, K = ids_TK.shape
-    x_dtype, weights_dtype = DTYPES.get(x_TH.dtype), DTYPES.get(weights_TK.dtype)
-    ids_dtype = _ID_DTYPES.get(ids_TK.dtype)
-    if x_TH.shape != (T, layer.spec.hidden) or weights_TK.shape != (T, K):
-        raise HostCallError(
-            f"shapes do not fit: x {tuple(x_TH.shape)}, ids {tuple(ids_TK.shape)}, weights {tuple(weights_TK.shape)}",
-            expected=f"(T, {layer.spec.hidden}), (T, K), (T, K)",
-        )
-    if x_dtype is None or weights_dtype is None or ids_dtype is None:
-        raise HostCallError(
-            f"dtypes do not fit: x {x_TH.dtype}, ids {ids_TK.dtype}, weights {weights_TK.dtype}",
-            expected="float32, bfloat16 or float16; ids int32 or int64",
-        )
+    dtypes = _DTYPES_OF_CALL.get((x_TH.dtype, ids_TK.dtype, weights_TK.dtype))
+    if x_TH.shape != (T, layer.spec.hidden) or weights_TK.shape != (T, K) or dtypes is None:
+        raise _unfit(layer, x_TH, ids_TK, weights_TK)
     if not (x_TH.is_cpu and ids_TK.is_cpu and weights_TK.is_cpu):
         raise HostCallError(_NOT_HOST)
     return native.Call(
@@ -315,10 +314,30 @@ def _call_struct(
         out_TH.data_ptr(),
         T,
         K,
-        x_dtype,
-        ids_dtype,
-        weights_dtype,
+        *dtypes.to_bytes(3, "little"),
     )
+
+
+def _unfit(layer: NativeLayer, x_TH: torch.Tensor, ids_TK: torch.Tensor, weights_TK: torch.Tensor) -> HostCallError:
+    T, K = ids_TK.shape
+    if x_TH.shape != (T, layer.spec.hidden) or weights_TK.shape != (T, K):
+        return HostCallError(
+            f"shapes do not fit: x {tuple(x_TH.shape)}, ids {tuple(ids_TK.shape)}, weights {tuple(weights_TK.shape)}",
+            expected=f"(T, {layer.spec.hidden}), (T, K), (T, K)",
+        )
+    return HostCallError(
+        f"dtypes do not fit: x {x_TH.dtype}, ids {ids_TK.dtype}, weights {weights_TK.dtype}",
+        expected="float32, bfloat16 or float16; ids int32 or int64",
+    )
+
+
+def _readable(ids_TK: torch.Tensor, weights_TK: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Ids and weights in dtypes that the kernels read."""
+    if ids_TK.dtype not in _ID_DTYPES:
+        ids_TK = ids_TK.long()
+    if weights_TK.dtype not in DTYPES:
+        weights_TK = weights_TK.float()
+    return ids_TK, weights_TK
 
 
 def _prepared(
@@ -328,10 +347,7 @@ def _prepared(
     weights_TK: torch.Tensor,
     packed: Sequence[torch.Tensor],
 ) -> NativeCall:
-    if ids_TK.dtype not in _ID_DTYPES:
-        ids_TK = ids_TK.long()
-    if weights_TK.dtype not in DTYPES:
-        weights_TK = weights_TK.float()
+    ids_TK, weights_TK = _readable(ids_TK, weights_TK)
     x_TH, ids_TK, weights_TK = x_TH.contiguous(), ids_TK.contiguous(), weights_TK.contiguous()
     out_TH = torch.empty_like(x_TH)
     layer = _cached_layer(spec, packed)
@@ -354,14 +370,28 @@ def forward(
     packed: Sequence[torch.Tensor],
 ) -> torch.Tensor:
     """The call, now: (T, H) in x's dtype. ctypes lets other Python threads run meanwhile."""
+    # Weights have just passed through every cache and Python's own memory is far away: each new piece of code that is
+    # touched here costs microseconds. So one look-up for all dtypes, numbers instead of a structure, few calls.
     library = lib()
     library.ktfx_wake()  # waking takes about as long as preparing
-    call = _prepared(spec, x_TH, ids_TK, weights_TK, packed)
-    if x_TH.shape[0]:
-        status = library.ktfx_experts(ctypes.byref(call.struct))
-        if status != _OK:
-            _raise(status, call.struct.message.decode())
-    return call.tensors[3]
+    layer = _cached_layer(spec, packed)
+    dtypes = _DTYPES_OF_CALL.get((x_TH.dtype, ids_TK.dtype, weights_TK.dtype))
+    if dtypes is None:
+        ids_TK, weights_TK = _readable(ids_TK, weights_TK)
+        dtypes = _DTYPES_OF_CALL.get((x_TH.dtype, ids_TK.dtype, weights_TK.dtype), -1)
+    T, K = ids_TK.shape
+    if x_TH.shape != (T, layer.spec.hidden) or weights_TK.shape != (T, K) or dtypes < 0:
+        raise _unfit(layer, x_TH, ids_TK, weights_TK)
+    if not (x_TH.is_cpu and ids_TK.is_cpu and weights_TK.is_cpu):
+        raise HostCallError(_NOT_HOST)
+    x_TH, ids_TK, weights_TK = x_TH.contiguous(), ids_TK.contiguous(), weights_TK.contiguous()
+    out_TH = torch.empty_like(x_TH)
+    status = T and library.ktfx_experts_now(
+        layer.address, x_TH.data_ptr(), ids_TK.data_ptr(), weights_TK.data_ptr(), out_TH.data_ptr(), T, K, dtypes
+    )
+    if status != _OK:
+        _raise(status, library.ktfx_last_message().decode())
+    return out_TH
 
 
 @dataclass(eq=False)

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 
 from ktfx.errors import KtfxError, PlacementError, WeightError
 from ktfx.formats import FORMATS, QuantizedWeight, dequantize, from_tensors, parse_format, quantize, storage
+from ktfx.ops.define import define_op
 from ktfx.ops.experts import TensorMeta
 from ktfx.ops.triton_loader import kernels, runs_kernels
 
@@ -91,8 +92,7 @@ def linear_kernel_names() -> list[str]:
     return sorted(_KERNELS)
 
 
-@torch.library.custom_op("ktfx::linear_quant", mutates_args=())
-def linear_quant(
+def _linear_quant(
     x: torch.Tensor, packed: list[torch.Tensor], bias: torch.Tensor | None, kernel: str, spec: str
 ) -> torch.Tensor:
     """(…, K) → (…, N) in x's dtype over what ``LinearKernel.pack`` returned; spec: ``LinearSpec.encode()``."""
@@ -106,9 +106,13 @@ def linear_quant(
     return linear_kernel(kernel).forward(decoded, x, packed, bias)
 
 
-@linear_quant.register_fake
-def _(x: torch.Tensor, packed: list[torch.Tensor], bias: torch.Tensor | None, kernel: str, spec: str) -> torch.Tensor:
+def _linear_quant_fake(
+    x: torch.Tensor, packed: list[torch.Tensor], bias: torch.Tensor | None, kernel: str, spec: str
+) -> torch.Tensor:
     return x.new_empty([*x.shape[:-1], LinearSpec.decode(spec).out_features])
+
+
+linear_quant = define_op("ktfx::linear_quant", _linear_quant, _linear_quant_fake)
 
 
 def _unsupported(spec: LinearSpec, dtype: torch.dtype, device: torch.device) -> str | None:
