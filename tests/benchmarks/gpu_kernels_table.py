@@ -703,10 +703,16 @@ def main() -> None:
     parser.add_argument("--out", required=True)
     parser.add_argument("--only", action="append", default=[])
     parser.add_argument("--tune", action="store_true", help="sweep the experts' configurations instead")
+    parser.add_argument("--contenders", action="store_true", help="other projects' kernels in turn with ours instead")
     parser.add_argument("--minutes", type=float, default=4.0)
     parser.add_argument("--workers", type=int, default=max(1, (os.cpu_count() or 2) - 2))
     parser.add_argument("--shard", default="")
     args = parser.parse_args()
+    if args.contenders:
+        import gpu_contenders  # it imports this file
+
+        gpu_contenders.main(args)
+        return
     began = time.time()
     work = jobs(args.only, args.tune)
     if args.shard:
