@@ -412,7 +412,7 @@ def linear_rows(name: str, weights: str) -> Iterator[Case]:
     spec = LinearSpec(K, N, weights)
     one = table.linear_packed(spec)
     size = sum(t.numel() * t.element_size() for t in one)
-    copies = [one] + [[t.clone() for t in one] for _ in range(min(7, int(3e8 / size)))]
+    copies = [one] + [[t.clone() for t in one] for _ in range(min(15, int(3e8 / size)))]
     ours = linear_kernel("triton")
     exact = ours.dequantised(spec, one).to(table.BF16).double().t()
 
