@@ -22,7 +22,8 @@ FOLDER = Path("ktfx") / "cpu_kernels"
 COMMON = ["experts", "linear", "pack", "async", "pool", "features", "measure", "isa_portable", "isa_amx_emulated"]
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512vnni"]
-X86 = {"isa_avx2": AVX2, "isa_avx512": AVX512, "isa_amx": [*AVX512, "-mamx-tile", "-mamx-bf16"]}
+AMX = [*AVX512, "-mavx512bf16", "-mamx-tile", "-mamx-bf16", "-mamx-int8"]
+X86 = {"isa_avx2": AVX2, "isa_avx512": AVX512, "isa_amx": AMX}
 FLAGS = [
     "-std=c++17",
     "-O3",

@@ -517,6 +517,27 @@ def test_amx_may_take_an_expert_from_any_number_of_rows(weights):
     assert not torch.equal(results[20, 1], results[20, 1000]), "AMX was not used"
 
 
+@pytest.mark.parametrize("isa", [isa for isa in native.isas() if isa.startswith("amx")])
+@pytest.mark.parametrize("hidden,inter", [(64, 64), (192, 128), (4160, 64), (128, 1088)])
+def test_amx_multiplies_int8_weights_as_they_are_stored(isa, hidden, inter):
+    """In whole steps of 64 inputs, x as halves of int16: rows of any size, more than a piece, chunks and their ends."""
+    native.set_isa(isa)
+    spec = ExpertsSpec(3, hidden, inter, weights="int8", has_bias=True)
+    packed = native.pack(spec, model_tensors(spec, torch.bfloat16))
+    for tokens in (9, 40, 230):
+        x, ids, routing = inputs(spec, torch.bfloat16, tokens, 2)
+        x[1], x[2], x[3] = 0, x[2] * 1e15, x[3] * 1e-20
+        want = reference_experts(spec.canonical(), x.float(), ids, routing, native.dequantised(spec, packed))
+        got = native.forward(spec, x, ids, routing, packed)
+        for row in range(4):  # each in its own measure: their sizes differ by thirty orders of magnitude
+            assert relative_error(got[row], want[row]) < 1.5e-2
+        assert relative_error(got[4:], want[4:]) < TOLERANCE[torch.bfloat16]
+        for bad in (torch.nan, torch.inf):
+            x[5, hidden - 1] = bad
+            broken = native.forward(spec, x, ids, routing, packed)
+            assert not broken[5].isfinite().any() and torch.equal(broken[6:], got[6:])
+
+
 def test_packed_weights_are_freed_with_their_last_owner():
     spec = ExpertsSpec(2, 32, 32)
     packed = native.pack(spec, {"gate_up": torch.randn(2, 64, 32), "down": torch.randn(2, 32, 32)})

@@ -56,6 +56,24 @@ def test_decode_and_prefill(weights: str, dtype: torch.dtype) -> None:
 
 
 @native
+@pytest.mark.parametrize("isa", ["amx", "amx-emulated"])
+def test_amx_multiplies_int8_weights_as_they_are_stored(isa: str, threads: None) -> None:
+    """Whole steps of 64 inputs as halves of int16; a row that is not finite spoils itself alone."""
+    if isa not in experts_native.isas():
+        pytest.skip(f"this machine has no {isa}")
+    experts_native.set_isa(isa)
+    for inputs, rows in ((64, 4), (192, 17), (4224, 100)):
+        check(LinearSpec(inputs, 70, "int8"), rows, torch.bfloat16, bias=True)
+    spec = LinearSpec(128, 48, "int8")
+    packed = KERNEL.pack(spec, torch.randn(48, 128).bfloat16(), CPU)
+    x = torch.randn(20, 128).bfloat16()
+    want = linear_quant(x, packed, None, "cpu", spec.encode())
+    x[7, 127] = torch.nan
+    got = linear_quant(x, packed, None, "cpu", spec.encode())
+    assert got[7].isnan().all() and torch.equal(got[:7], want[:7]) and torch.equal(got[8:], want[8:])
+
+
+@native
 @settings(max_examples=40, deadline=None)
 @given(
     rows=st.integers(1, 120), n=st.integers(1, 150), k=st.integers(1, 700), weights=st.sampled_from(FORMATS),

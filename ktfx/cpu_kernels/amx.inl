@@ -38,6 +38,19 @@ inline void tile_dot(int c, int a, int b) {
 #define TILE_LOAD(t, p, s) tile_load(t, p, s)
 #define TILE_STORE(t, p, s) tile_store(t, p, s)
 #define TILE_DOT(c, a, b) tile_dot(c, a, b)
+// Bytes times signed bytes; those of a are signed or not.
+template <class T>
+inline void tile_dot_bytes(int c, int a, int b) {
+  for (int r = 0; r < emulated[c].rows; ++r)
+    for (int n = 0; n < 16; ++n) {
+      int32_t sum;
+      __builtin_memcpy(&sum, &emulated[c].data[r][4 * n], 4);
+      for (int k = 0; k < 64; ++k) sum += (T)emulated[a].data[r][k] * (int8_t)emulated[b].data[k / 4][4 * n + k % 4];
+      __builtin_memcpy(&emulated[c].data[r][4 * n], &sum, 4);
+    }
+}
+#define TILE_DOT_SIGNED(c, a, b) tile_dot_bytes<int8_t>(c, a, b)
+#define TILE_DOT_UNSIGNED(c, a, b) tile_dot_bytes<uint8_t>(c, a, b)
 void amx_configure(int rows0, int rows1) {
   const int rows[8] = {rows0, rows0, rows1, rows1, rows0, rows1, 16, 16};
   for (int t = 0; t < 8; ++t) emulated[t].rows = rows[t];
@@ -50,6 +63,8 @@ void amx_end() {}
 #define TILE_LOAD(t, p, s) _tile_loadd(t, p, s)
 #define TILE_STORE(t, p, s) _tile_stored(t, p, s)
 #define TILE_DOT(c, a, b) _tile_dpbf16ps(c, a, b)
+#define TILE_DOT_SIGNED(c, a, b) _tile_dpbssd(c, a, b)
+#define TILE_DOT_UNSIGNED(c, a, b) _tile_dpbusd(c, a, b)
 void amx_configure(int rows0, int rows1) {
   struct __attribute__((packed, aligned(64))) {
     uint8_t palette = 1, start_row = 0, reserved[14] = {};
@@ -69,12 +84,34 @@ void amx_end() { _tile_release(); }
 
 void amx_begin() { amx_configure(16, 16); }
 
-// Pairs of bf16 from two vectors of floats: even input in the low half.
+// Pairs of bf16 from two vectors of floats: even input in the low half. AMX takes subnormal bf16 as zero, and so may this.
 KTFX_INLINE vi bf16_pair(vf even, vf odd) {
+#if KTFX_AMX == 2
+  const __m512i order = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21,
+                                         5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+  return (vi)_mm512_permutexvar_epi16(order, (__m512i)_mm512_cvtne2ps_pbh((__m512)odd, (__m512)even));
+#else
   vu e = (vu)even, o = (vu)odd;
   e += 0x7fff + ((e >> 16) & 1);
   o += 0x7fff + ((o >> 16) & 1);
   return (vi)((e >> 16) | (o & 0xffff0000u));
+#endif
+}
+
+// The value of the nibble at bit `shift` of each lane: INT4's less its offset, INT4ZP's code, MXFP4's times two.
+template <int F>
+KTFX_INLINE vf nibble_value(vi v, int shift) {
+#if KTFX_AMX == 2
+  // A look-up reads the low four bits of each lane and no others.
+  const __m512 of_int4 = _mm512_set_ps(7, 6, 5, 4, 3, 2, 1, 0, -1, -2, -3, -4, -5, -6, -7, -8);
+  const __m512 of_code = _mm512_set_ps(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
+  const __m512 of_e2m1 = _mm512_set_ps(-12, -8, -6, -4, -3, -2, -1, 0, 12, 8, 6, 4, 3, 2, 1, 0);
+  const __m512 table = F == KTFX_FMT_INT4 ? of_int4 : F == KTFX_FMT_INT4ZP ? of_code : of_e2m1;
+  return (vf)_mm512_permutexvar_ps((__m512i)((vu)v >> shift), table);
+#else
+  const vi code = (vi)((vu)nibbles<F>(v, shift % 8 != 0) >> shift / 8 * 8 & 255);
+  return to_float(F == KTFX_FMT_INT4ZP ? code : code - offset_of<F>());
+#endif
 }
 
 // A tile of any other format to the BF16 layout. INT8 keeps its integers (the caller applies the scale).
@@ -82,14 +119,14 @@ template <int F, int S>
 void tile_to_bf16(const ktfx_matrix* m, const uint8_t* w, uint16_t* out) {
   for (int t = 0; t < V; ++t) {
     vf scale = splat(1.0f);
-    vi zero = splat((int32_t)offset_of<F>());
+    vf zero = {};
     const int32_t group = F == KTFX_FMT_INT8 ? m->Kp : F == KTFX_FMT_FP8 ? kFp8Block : m->group;
     for (int32_t k = 0; k < m->Kp; k += group) {
       const int32_t end = k + group < m->Kp ? k + group : m->Kp;
       const int64_t g = (int64_t)(k / group) * kTile + t * L;
       if constexpr (F == KTFX_FMT_FP8) scale = load<vf>(w + m->scale_offset + g * 4) * 0x1p120f;
       else if constexpr (F != KTFX_FMT_INT8) scale = load_scales<S>(w + m->scale_offset + g * scale_bytes(S));
-      if constexpr (F == KTFX_FMT_INT4ZP) zero = widen(load<vb>(w + m->zero_offset + g));
+      if constexpr (F == KTFX_FMT_INT4ZP) zero = to_float(widen(load<vb>(w + m->zero_offset + g)));
       constexpr int step = F == KTFX_FMT_FP8 || F == KTFX_FMT_INT8 ? 4 : 8;
       for (int64_t s = k / step; s < end / step; ++s) {
         const uint8_t* row = w + s * 64 + t * L * 4;
@@ -101,15 +138,15 @@ void tile_to_bf16(const ktfx_matrix* m, const uint8_t* w, uint16_t* out) {
         } else if constexpr (F == KTFX_FMT_INT8) {
           vf f[4];
           for (int i = 0; i < 4; ++i) f[i] = to_float((v << (24 - 8 * i)) >> 24);
-          for (int i = 0; i < 4; i += 2)  // exact: no rounding
-            store(to + i * kTile, (vi)(((vu)f[i] >> 16) | ((vu)f[i + 1] & 0xffff0000u)));
+          for (int i = 0; i < 4; i += 2) store(to + i * kTile, bf16_pair(f[i], f[i + 1]));  // exact: no rounding
         } else {
-          for (int h = 0; h < 2; ++h) {
-            const vi half = nibbles<F>(v, h);
-            vf f[4];
-            for (int i = 0; i < 4; ++i) f[i] = to_float((vi)((vu)half >> (8 * i) & 255) - zero) * scale;
-            store(to + (4 * h) * kTile, bf16_pair(f[0], f[1]));
-            store(to + (4 * h + 2) * kTile, bf16_pair(f[2], f[3]));
+          UNROLL
+          for (int i = 0; i < 8; i += 2) {
+            // Inputs 0 to 3 are the low nibbles of the lane's bytes, 4 to 7 the high ones.
+            const int shift = i % 4 * 8 + i / 4 * 4;
+            vf even = nibble_value<F>(v, shift), odd = nibble_value<F>(v, shift + 8);
+            if constexpr (F == KTFX_FMT_INT4ZP) even -= zero, odd -= zero;
+            store(to + i * kTile, bf16_pair(even * scale, odd * scale));
           }
         }
       }
@@ -197,5 +234,74 @@ void amx_tiles(const ktfx_matrix* m, const uint8_t* w0, const uint8_t* w1, const
       TILE_STORE(2, c0 + (r + 16) * kTile, 64);
       if (w1) TILE_STORE(3, c1 + (r + 16) * kTile, 64);
     }
+  }
+}
+
+// INT8 tiles as they are stored times rows of int16 in two halves: x = dx (256 high + low), high signed, low not. Both
+// products are exact. x: in each row Kp high bytes and from Kp on the low ones, ldx bytes a row; Kp is a multiple of 64.
+// c0, c1: [rows][16], without the weights' scale. w1 may be null.
+void amx_int8_tiles(const ktfx_matrix* m, const uint8_t* w0, const uint8_t* w1, const uint8_t* x, int64_t ldx, int rows,
+                    const float* dx, float* c0, float* c1, const uint8_t* next) {
+  const int steps = m->Kp / 64, passes = (rows + 15) / 16;
+  const int64_t lines = 2 * m->tile_bytes / 64;
+  const int share = (int)((lines + (int64_t)steps * passes - 1) / ((int64_t)steps * passes));
+  const uint8_t* const next_end = next + lines * 64;
+  alignas(64) int32_t sums[4][16][16];
+  for (int r = 0; r < rows; r += 16) {
+    const int n = rows - r < 16 ? rows - r : 16;
+    amx_configure(n, n);
+    const uint8_t *high = x + r * ldx, *low = high + m->Kp;
+    TILE_ZERO(0);
+    TILE_ZERO(1);
+    TILE_ZERO(2);
+    TILE_ZERO(3);
+    for (int s = 0; s < steps; ++s) {
+      TILE_LOAD(4, high + s * 64, ldx);
+      TILE_LOAD(6, w0 + s * 1024, 64);
+      TILE_LOAD(5, low + s * 64, ldx);
+      for (int i = 0; i < share && next < next_end; ++i, next += 64) __builtin_prefetch(next, 0, 2);
+      TILE_DOT_SIGNED(0, 4, 6);
+      TILE_DOT_UNSIGNED(1, 5, 6);
+      if (w1) {
+        TILE_LOAD(7, w1 + s * 1024, 64);
+        TILE_DOT_SIGNED(2, 4, 7);
+        TILE_DOT_UNSIGNED(3, 5, 7);
+      }
+    }
+    TILE_STORE(0, sums[0], 64);
+    TILE_STORE(1, sums[1], 64);
+    TILE_STORE(2, sums[2], 64);
+    TILE_STORE(3, sums[3], 64);
+    for (int i = 0; i < n; ++i) {
+      const vf d = splat(dx[r + i]);
+      for (int t = 0; t < V; ++t) {
+        const int64_t at = (int64_t)(r + i) * kTile + t * L;
+        store(c0 + at, (to_float(load<vi>(&sums[0][i][t * L])) * 256.0f + to_float(load<vi>(&sums[1][i][t * L]))) * d);
+        if (w1)
+          store(c1 + at, (to_float(load<vi>(&sums[2][i][t * L])) * 256.0f + to_float(load<vi>(&sums[3][i][t * L]))) * d);
+      }
+    }
+  }
+}
+
+// The largest magnitude of n floats, a multiple of 16; NaN if one of them is not finite.
+float amx_peak(const float* x, int64_t n) {
+  vf peak = {}, bad = {};
+  for (int64_t i = 0; i < n; i += L) {
+    const vf v = load<vf>(x + i);
+    peak = vmax(vabs(v), peak);
+    bad += v * 0.0f;
+  }
+  float all = highest(peak);
+  for (int i = 0; i < L; ++i) all += bad[i];
+  return all;
+}
+
+// x times inverse, at most 32767 of magnitude, as halves of int16. n: a multiple of 16.
+void amx_halves(const float* x, int64_t n, float inverse, uint8_t* high, uint8_t* low) {
+  for (int64_t i = 0; i < n; i += L) {
+    const vi q = nearest(load<vf>(x + i) * inverse);
+    store(high + i, __builtin_convertvector(q >> 8, vb));
+    store(low + i, __builtin_convertvector(q, vb));
   }
 }

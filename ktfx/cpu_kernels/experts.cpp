@@ -20,6 +20,7 @@
 #include <vector>
 
 #include "dispatch.h"
+#include "halves.h"
 #include "pool.h"
 #include "settings.h"
 
@@ -125,10 +126,13 @@ struct Run {
   int64_t T, S;
   int K;
   PanelKind x_kind, h_kind;
-  bool any_amx, fused;
+  bool any_amx, all_amx, fused;
+  bool halves;             // AMX multiplies INT8 weights as stored, inputs as halves of int16
   char* token_q;           // [T] rows in the panel's format
   float* token_dx;
   int32_t* token_sx;
+  uint8_t* token_halves;   // [T][2 (Kp + kAmxPad)], and a scale each
+  float* token_scales;
   float* y;                // [S][Hp], or [T][Hp] when fused
   float* scratch;          // [threads][scratch_floats]
   int64_t scratch_floats;
@@ -183,9 +187,14 @@ void multiply(const Run& r, const ktfx_matrix& m, const uint8_t* w, int tiles, c
   const RowBlock* blocks = r.ws->blocks.data();
   if (chunk.amx) {
     const RowBlock& b = blocks[chunk.first];
-    for (int t = 0; t < tiles; t += 2)
+    const Rows& in = down ? b.h : b.x;
+    for (int t = 0; t < tiles && r.halves; t += 2)
+      kt.amx_int8(&m, w + t * m.tile_bytes, t + 1 < tiles ? w + (t + 1) * m.tile_bytes : nullptr, (const uint8_t*)in.q,
+                  halves_row_bytes(m), chunk.rows, in.dx, c + (int64_t)t * chunk.rows * kTile,
+                  c + (int64_t)(t + 1) * chunk.rows * kTile, t + 2 < tiles ? w + (t + 2) * m.tile_bytes : after);
+    for (int t = 0; t < tiles && !r.halves; t += 2)
       kt.amx(&m, w + t * m.tile_bytes, t + 1 < tiles ? w + (t + 1) * m.tile_bytes : nullptr,
-             (const uint16_t*)(down ? b.h.q : b.x.q), m.Kp + kAmxPad, chunk.rows, c + (int64_t)t * chunk.rows * kTile,
+             (const uint16_t*)in.q, m.Kp + kAmxPad, chunk.rows, c + (int64_t)t * chunk.rows * kTile,
              c + (int64_t)(t + 1) * chunk.rows * kTile, (uint16_t*)scratch,
              t + 2 < tiles ? w + (t + 2) * m.tile_bytes : after);
     return;
@@ -236,6 +245,29 @@ const float* sixteen(const float* bias, int64_t from, int64_t end, float* buffer
 
 // ---------------------------------------------------------------------------------------------------------------------
 
+void halve_tokens_task(void* context, int, int64_t task, int) {
+  Run& r = *(Run*)context;
+  const ktfx_layer& l = *r.layer;
+  const int64_t row = halves_row_bytes(l.up), dtype = r.call->x_dtype;
+  for (int64_t t = task * 8; t < std::min(task * 8 + 8, r.T); ++t)
+    r.token_scales[t] = halve_row(*r.kernels, r.x + t * l.hidden * dtype_bytes(dtype), dtype, l.hidden, l.up.Kp,
+                                  r.token_halves + t * row);
+}
+
+// h, which the up step left in bf16, to halves where it lies.
+void halve_h_task(void* context, int, int64_t task, int worker) {
+  Run& r = *(Run*)context;
+  const RowBlock& b = r.ws->blocks[task];
+  if (!b.amx) return;
+  const int64_t Kp = r.layer->down.Kp, row = halves_row_bytes(r.layer->down);
+  uint8_t* halves = (uint8_t*)(r.scratch + worker * r.scratch_floats);
+  for (int i = 0; i < b.rows; ++i) {
+    uint8_t* h = (uint8_t*)b.h.q + i * row;
+    b.h.dx[i] = halve_row(*r.kernels, h, KTFX_BF16, Kp, Kp, halves);
+    memcpy(h, halves, 2 * Kp);
+  }
+}
+
 void token_task(void* context, int, int64_t task, int) {
   Run& r = *(Run*)context;
   const ktfx_layer& l = *r.layer;
@@ -266,6 +298,15 @@ void gather_task(void* context, int, int64_t task, int) {
   const int64_t Kp = l.up.Kp, nb = r.x_kind.blocks(Kp);
   const RowBlock& b = r.ws->blocks[task];
   const int32_t* slots = r.ws->slot_of.data() + b.slot;
+  if (b.amx && r.halves) {
+    const int64_t row = halves_row_bytes(l.up);
+    for (int i = 0; i < b.rows; ++i) {
+      const int64_t t = slots[i] / r.K;
+      memcpy((uint8_t*)b.x.q + i * row, r.token_halves + t * row, 2 * Kp);
+      b.x.dx[i] = r.token_scales[t];
+    }
+    return;
+  }
   if (b.amx) {
     for (int i = 0; i < b.rows; ++i) {
       uint16_t* to = (uint16_t*)b.x.q + i * (Kp + kAmxPad);
@@ -478,12 +519,14 @@ void sort_slots(Run& r) {
   ws.blocks.clear();
   ws.chunks.clear();
   r.any_amx = false;
+  r.all_amx = true;
   int32_t begin = 0;
   for (int e = 0; e < l.num_experts; begin = ws.offset[e], ++e) {
     const int32_t m = ws.offset[e] - begin;
     if (!m) continue;
     const bool amx = takes_amx(*r.kernels, r.call->x_dtype, l.up.format, m);
     r.any_amx |= amx;
+    r.all_amx &= amx;
     const int32_t chunks = (m + kChunkRows - 1) / kChunkRows;
     int32_t done = 0;
     for (int32_t i = 0; i < chunks; ++i) {
@@ -515,10 +558,13 @@ bool lay_out(Run& r) {
   r.scratch_floats = std::max<int64_t>((int64_t)kDownTiles * kChunkRows * kTile + tail_floats, Hp) + 64;
   const int64_t y_rows = r.fused ? r.T : r.S;
   // Every block's panels, padded, plus the tokens' rows; 1 KiB a block covers the padding.
-  const int64_t bytes = r.T * (Ku * e + nbu * 8 + 512) + r.S * ((Ku + Kd + 2 * kAmxPad) * std::max<int64_t>({e, eh, 2}) + (nbu + nbd) * 8) +
+  const int64_t halves_row = r.halves ? halves_row_bytes(l.up) : 0;
+  const int64_t bytes = r.T * (Ku * e + nbu * 8 + halves_row + 520) + r.S * ((Ku + Kd + 2 * kAmxPad) * std::max<int64_t>({e, eh, 2}) + (nbu + nbd) * 8) +
                         (int64_t)ws.blocks.size() * 1024 + y_rows * Hp * 4 +
                         r.pool->threads() * (r.scratch_floats * 4 + 256) + 8192;
   if (!ws.arena.reserve(bytes)) return false;
+  r.token_halves = ws.arena.take<uint8_t>(r.T * halves_row);
+  r.token_scales = ws.arena.take<float>(r.T);
   r.token_q = ws.arena.take<char>(r.T * Ku * e);
   if (integer) {
     r.token_dx = ws.arena.take<float>(r.T * nbu);
@@ -530,6 +576,10 @@ bool lay_out(Run& r) {
       if (chunk.amx) {
         b.x.q = ws.arena.take<uint16_t>(b.rows * (Ku + kAmxPad));
         b.h.q = ws.arena.take<uint16_t>(b.rows * (Kd + kAmxPad));
+        if (r.halves) {
+          b.x.dx = ws.arena.take<float>(b.rows);
+          b.h.dx = ws.arena.take<float>(b.rows);
+        }
         continue;
       }
       b.h.q = ws.arena.take<char>(b.rows * Kd * eh);
@@ -606,12 +656,14 @@ int32_t run_part(Run& r) {
     r.pool->note_times(&times);
   };
   sort_slots(r);
+  r.halves = r.any_amx && halves_serve(l.up) && halves_serve(l.down);
   if (!lay_out(r)) return KTFX_NO_MEMORY;
   const int64_t token_tasks = (r.T + 7) / 8;
-  if (r.T <= 8)
+  if (r.T <= 8 && !r.all_amx)
     token_task(&r, 0, 0, 0);
-  else
+  else if (!r.all_amx)
     run_plain(r, token_tasks, token_task);
+  if (r.halves) run_plain(r, token_tasks, halve_tokens_task);
   if (r.ws->blocks.size() < (size_t)r.S || r.any_amx) run_plain(r, (int64_t)r.ws->blocks.size(), gather_task);
 
   since = note_phase(r, since, 1);
@@ -635,6 +687,7 @@ int32_t run_part(Run& r) {
   watch();
   r.pool->run(tasks, up_task, &r);
   since = note_phase(r, since, 2, &times);
+  if (r.halves) run_plain(r, (int64_t)r.ws->blocks.size(), halve_h_task);
 
   watch();
   r.pool->run(later, r.fused ? down_fused_task : down_task, &r);

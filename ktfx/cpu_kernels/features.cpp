@@ -32,12 +32,14 @@ struct Features {
     if (!osxsave) return;
     const uint64_t state = xcr0();
     if (!__get_cpuid_count(7, 0, &a, &b, &c, &d)) return;
-    amx_built_in = (d >> 22 & 1) && (d >> 24 & 1);
+    amx_built_in = (d >> 22 & 1) && (d >> 24 & 1) && (d >> 25 & 1);
     avx2 = (state & 0x6) == 0x6 && (b >> 5 & 1) && fma && f16c;
     avx512 = avx2 && (state & 0xe6) == 0xe6 && (b >> 16 & 1) && (b >> 17 & 1) && (b >> 30 & 1) && (b >> 31 & 1) &&
              (c >> 11 & 1);
+    // Leaf 7's largest subleaf is in a; AVX512-BF16, which all AMX processors have, is told by its subleaf 1.
+    const bool bf16 = a >= 1 && __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a >> 5 & 1);
     // The kernel hands out the tile registers' state only when asked (ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA).
-    amx = avx512 && (state & 0x60000) == 0x60000 && amx_built_in &&
+    amx = avx512 && bf16 && amx_built_in && (state & 0x60000) == 0x60000 &&
           syscall(SYS_arch_prctl, 0x1023, 18) == 0;
   }
 };

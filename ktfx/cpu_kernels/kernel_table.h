@@ -74,6 +74,11 @@ struct KernelTable {
   // on. Null without AMX.
   void (*amx)(const ktfx_matrix* m, const uint8_t* w0, const uint8_t* w1, const uint16_t* x, int64_t ldx, int rows,
               float* c0, float* c1, uint16_t* scratch, const uint8_t* next);
+  // The same for INT8 tiles as they are stored, rows of halves of int16 (amx.inl), dx a scale a row.
+  void (*amx_int8)(const ktfx_matrix* m, const uint8_t* w0, const uint8_t* w1, const uint8_t* x, int64_t ldx, int rows,
+                   const float* dx, float* c0, float* c1, const uint8_t* next);
+  float (*amx_peak)(const float* x, int64_t n);
+  void (*amx_halves)(const float* x, int64_t n, float inverse, uint8_t* high, uint8_t* low);
   void (*amx_begin)();
   void (*amx_end)();
   void (*to_f32)(const void* x, int dtype, float* out, int64_t n, float factor);

@@ -13,6 +13,7 @@
 #include <vector>
 
 #include "dispatch.h"
+#include "halves.h"
 #include "ktfx_linear.h"
 #include "pool.h"
 #include "settings.h"
@@ -61,7 +62,7 @@ struct Run {
   Pool* pool;
   Panel panel;
   int block, bits, element;
-  bool amx;
+  bool amx, halves;
   int64_t begin;  // of this part's rows
   int task_tiles;
   std::vector<RowBlock> blocks;
@@ -103,7 +104,7 @@ void cut(Run& r, int64_t rows) {
 
 int64_t block_bytes(const Run& r, int rows) {
   const int64_t Kp = r.m->Kp;
-  if (r.amx) return padded(rows * (Kp + kAmxPad) * 2);
+  if (r.amx) return padded(rows * (Kp + kAmxPad) * 2) + (r.halves ? padded(rows * 4) : 0);
   const int64_t scales = r.panel == kPanelF32 ? 0 : padded((Kp + r.block - 1) / r.block * rows * 4) * 2;
   return padded(rows * Kp * r.element) + scales;
 }
@@ -120,6 +121,7 @@ bool lay_out(Run& r, Memory& memory) {
   char* at = (char*)memory.at + r.scratch_floats * 4 * r.pool->threads();
   for (RowBlock& b : r.blocks) {
     b.q = at;
+    if (r.halves) b.dx = (float*)(at + padded(b.rows * halves_row_bytes(*r.m)));
     if (!r.amx && r.panel != kPanelF32) {
       const int64_t blocks = (Kp + r.block - 1) / r.block;
       b.dx = (float*)(at + padded(b.rows * Kp * r.element));
@@ -134,6 +136,11 @@ void fill_block(const Run& r, const RowBlock& b, float* scratch) {
   const int64_t K = r.m->K, Kp = r.m->Kp;
   const int dtype = r.call->x_dtype, e = dtype_bytes(dtype);
   const char* x = (const char*)r.call->x + (r.begin + b.row) * K * e;
+  if (r.halves) {
+    for (int i = 0; i < b.rows; ++i)
+      b.dx[i] = halve_row(*r.kernels, x + i * K * e, dtype, K, Kp, (uint8_t*)b.q + i * halves_row_bytes(*r.m));
+    return;
+  }
   if (r.amx) {
     for (int i = 0; i < b.rows; ++i) {
       uint16_t* to = (uint16_t*)b.q + i * (Kp + kAmxPad);
@@ -203,7 +210,11 @@ void multiply(const Run& r, const uint8_t* w, int tiles, const Chunk& chunk, flo
   const ktfx_matrix& m = *r.m;
   if (r.amx) {
     const RowBlock& b = r.blocks[chunk.first];
-    for (int t = 0; t < tiles; t += 2)
+    for (int t = 0; t < tiles && r.halves; t += 2)
+      kt.amx_int8(&m, w + t * m.tile_bytes, t + 1 < tiles ? w + (t + 1) * m.tile_bytes : nullptr, (const uint8_t*)b.q,
+                  halves_row_bytes(m), chunk.rows, b.dx, c + (int64_t)t * chunk.rows * kTile,
+                  c + (int64_t)(t + 1) * chunk.rows * kTile, w + (t + 2) * m.tile_bytes);
+    for (int t = 0; t < tiles && !r.halves; t += 2)
       kt.amx(&m, w + t * m.tile_bytes, t + 1 < tiles ? w + (t + 1) * m.tile_bytes : nullptr, (const uint16_t*)b.q, m.Kp + kAmxPad,
              chunk.rows, c + (int64_t)t * chunk.rows * kTile, c + (int64_t)(t + 1) * chunk.rows * kTile,
              (uint16_t*)scratch, w + (t + 2) * m.tile_bytes);
@@ -293,6 +304,7 @@ int32_t run_linear(ktfx_linear_call* call) {
   choose_panel(r);
   const int shares = p->shares();
   r.amx = takes_amx(*r.kernels, call->x_dtype, r.m->format, call->rows);
+  r.halves = r.amx && halves_serve(*r.m);
   r.task_tiles = std::max(1, std::min(kTaskTiles, r.m->tiles / (8 * p->threads())));
   if (r.amx && r.task_tiles > 1) r.task_tiles &= ~1;  // it takes tiles in pairs
   const int64_t part = std::max<int64_t>(kChunkRows, kPartBytes / (r.m->Kp * 4ll) / kChunkRows * kChunkRows);

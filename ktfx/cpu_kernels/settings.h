@@ -22,12 +22,12 @@ inline Setting& ahead_setting() {
   return bytes;
 }
 
-// Rows of an expert from which AMX takes it. bf16 lies as AMX takes it; integers have to be unpacked first, which a
-// product of integers saves. By sweeps on 16 AMX cores over 2 to 16 rows an expert.
+// Rows of an expert from which AMX takes it. bf16 and int8 lie as AMX takes them; others have to be unpacked first, which
+// the other kernels save. By sweeps over 2 to 16 rows an expert, bf16 on 16 AMX cores, the rest on two.
 inline int amx_rows(int format) {
   const int set = amx_setting().value.load(std::memory_order_relaxed);
   if (set) return set;
-  return format == KTFX_FMT_BF16 ? 4 : format >= KTFX_FMT_INT4 ? 16 : 8;
+  return format == KTFX_FMT_BF16 || format == KTFX_FMT_INT8 ? 4 : format >= KTFX_FMT_INT4 ? 12 : 8;
 }
 inline bool takes_amx(const KernelTable& kernels, int x_dtype, int format, int64_t rows) {
   return kernels.amx && x_dtype == KTFX_BF16 && rows >= amx_rows(format) && format != KTFX_FMT_F32 &&

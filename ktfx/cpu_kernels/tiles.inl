@@ -1268,6 +1268,9 @@ KernelTable make_table(const char* name, const KernelTable* base) {
   KernelTable t = *base;
   t.name = name;
   t.amx = amx_tiles;
+  t.amx_int8 = amx_int8_tiles;
+  t.amx_peak = amx_peak;
+  t.amx_halves = amx_halves;
   t.amx_begin = amx_begin;
   t.amx_end = amx_end;
   return t;

@@ -2,8 +2,9 @@
 
 None is a dependency. ``--ggml INCLUDE,LIBRARIES`` names the headers and the built libraries of a ggml (pip download
 the source of llama-cpp-python, then build ``ggml-base`` and ``ggml-cpu`` of its ``vendor/llama.cpp/ggml`` with cmake);
-``--vllm FILE`` names the extension of vLLM's CPU wheel for this instruction set, such as ``vllm/_C_AVX2.abi3.so``,
-built for the torch that runs. ``--kt`` takes kt-kernel's wheel (pip install --no-deps kt-kernel, and gguf).
+``--vllm FILE`` names the extension of vLLM's CPU wheel for this instruction set, such as ``vllm/_C_AVX2.abi3.so`` or,
+with AMX, ``vllm/_C.abi3.so``, built for the torch that runs. ``--kt`` takes kt-kernel's wheel (pip install --no-deps
+kt-kernel, and gguf).
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from __future__ import annotations
 import ctypes
 import subprocess
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -105,25 +106,37 @@ def ggml_experts(
         yield Foreign(f"{name} {kind}{', repacked' if buffer else ''}", forward, total // sizes[2])
 
 
-def vllm_experts(where: str, layers: Layers) -> Foreign:
-    """vLLM's fused experts in bf16, its vector kernels."""
+def vllm_experts(where: str, layers: Layers, kernels: Iterable[str] = ("vec",)) -> Iterator[Foreign]:
+    """vLLM's fused experts in bf16. kernels: ``vec``, and ``amx``, which only its file without a suffix has.
+
+    It leaves asking the operating system for AMX's registers to others (an illegal instruction otherwise): ktfx's own
+    library has to be loaded before.
+    """
     torch.ops.load_library(where)
-    prepacked = []
-    for layer in layers:
-        pair = []
-        for weight in (layer["gate_up"], layer["down"]):
-            out = torch.empty_like(weight)
-            torch.ops._C.prepack_moe_weight(weight, out, "vec")
-            pair.append(out)
-        prepacked.append(pair)
+    for isa in kernels:
+        prepacked = []
+        for layer in layers:
+            pair = []
+            for weight in (layer["gate_up"], layer["down"]):
+                out = torch.empty_like(weight)
+                torch.ops._C.prepack_moe_weight(weight, out, isa)
+                pair.append(out)
+            prepacked.append(pair)
 
-    def forward(x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, layer: int) -> torch.Tensor:
-        out = torch.empty_like(x)
-        w13, w2 = prepacked[layer]
-        torch.ops._C.cpu_fused_moe(out, x, w13, w2, None, None, weights.float(), ids.int(), False, "silu", "vec")
-        return out
+        def forward(
+            x: torch.Tensor,
+            ids: torch.Tensor,
+            weights: torch.Tensor,
+            layer: int,
+            prepacked: list[list[torch.Tensor]] = prepacked,
+            isa: str = isa,
+        ) -> torch.Tensor:
+            out = torch.empty_like(x)
+            w13, w2 = prepacked[layer]
+            torch.ops._C.cpu_fused_moe(out, x, w13, w2, None, None, weights.float(), ids.int(), False, "silu", isa)
+            return out
 
-    return Foreign("vLLM bf16", forward, sum(t[0].nbytes for t in layers[0].values()))
+        yield Foreign(f"vLLM bf16, {isa}", forward, sum(t[0].nbytes for t in layers[0].values()))
 
 
 def kt_experts(sizes: tuple[int, int, int, int], layers: Layers, threads: int, only: str = "") -> Iterator[Foreign]:

@@ -253,7 +253,8 @@ def foreign_contenders(
     found = []
     sizes = (shape.hidden, shape.intermediate, shape.experts, shape.chosen)
     if vllm:
-        found.append(cpu_contenders.vllm_experts(vllm, layers))
+        kernels = ("vec", "amx") if "amx" in native.isas() and "_AVX" not in vllm else ("vec",)
+        found += cpu_contenders.vllm_experts(vllm, layers, kernels)
     for where in ggml:
         found += cpu_contenders.ggml_experts(where, sizes, layers, native.lib().ktfx_threads(), ggml_types)
     if kt:

@@ -169,6 +169,27 @@ double error(const std::vector<float>& got, const std::vector<float>& want) {
   return std::sqrt(wrong / total);
 }
 
+// The same call with x and the result in bf16, as AMX takes them.
+double error_in_bf16(const Layer& layer, Inputs& in) {
+  std::vector<uint16_t> x, out(in.x.size(), 0xffff);
+  for (float& v : in.x) {
+    uint32_t bits;
+    memcpy(&bits, &v, 4);
+    x.push_back((uint16_t)(bits >> 16));
+    bits &= 0xffff0000u;
+    memcpy(&v, &bits, 4);
+  }
+  in.call.x = x.data();
+  in.call.out = out.data();
+  in.call.x_dtype = KTFX_BF16;
+  CHECK(ktfx_experts(&in.call) == KTFX_OK);
+  for (size_t i = 0; i < out.size(); ++i) {
+    const uint32_t bits = (uint32_t)out[i] << 16;
+    memcpy(&in.out[i], &bits, 4);
+  }
+  return error(in.out, reference(layer, in));
+}
+
 void check_formats() {
   const std::string names = ktfx_isas();
   for (size_t at = 0; at < names.size();) {
@@ -178,13 +199,18 @@ void check_formats() {
     CHECK(ktfx_set_isa(isa.c_str()) == KTFX_OK);
     for (int format = KTFX_FMT_F32; format <= KTFX_FMT_MXFP4; ++format)
       for (int int8 = 0; int8 < (format >= KTFX_FMT_INT4 ? 2 : 1); ++int8)
-        for (auto shape : {std::vector<int>{3, 33, 17, 1, 2}, {1, 40, 50, 23, 1}, {4, 96, 40, 50, 3}, {2, 20, 24, 130, 2}}) {
+        for (auto shape : {std::vector<int>{3, 33, 17, 1, 2}, {1, 40, 50, 23, 1}, {4, 96, 40, 50, 3}, {2, 20, 24, 130, 2}, {2, 128, 64, 105, 2}}) {
           auto layer = make_layer(shape[0], shape[1], shape[2], format, 32, int8);
           auto in = make_inputs(*layer, shape[3], shape[4]);
           CHECK(ktfx_experts(&in->call) == KTFX_OK);
           const double e = error(in->out, reference(*layer, *in));
           if (!(e < (int8 ? 3e-2 : 3e-4))) {
             fprintf(stderr, "%s format %d int8 %d: error %g\n", isa.c_str(), format, int8, e);
+            exit(1);
+          }
+          const double rounded = error_in_bf16(*layer, *in);
+          if (!(rounded < (int8 ? 3e-2 : 1e-2))) {
+            fprintf(stderr, "%s format %d int8 %d in bf16: error %g\n", isa.c_str(), format, int8, rounded);
             exit(1);
           }
         }

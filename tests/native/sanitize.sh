@@ -18,7 +18,7 @@ build() { # name, sanitizer flags
         case $unit in
         isa_avx2) extra="-mavx2 -mfma -mf16c" ;;
         isa_avx512) extra=$avx512 ;;
-        isa_amx) extra="$avx512 -mamx-tile -mamx-bf16" ;;
+        isa_amx) extra="$avx512 -mavx512bf16 -mamx-tile -mamx-bf16 -mamx-int8" ;;
         *) extra="" ;;
         esac
         echo "$flags $* $extra -c ktfx/cpu_kernels/$unit.cpp -o $out/$unit.o"
