@@ -4,9 +4,10 @@
 
 Worker processes first check every case at few experts, which also fills Triton's disk cache, so that kernels compile
 in parallel; then this process alone times the cases, as replays of one CUDA graph that walks through enough different
-weights that L2 does not help. A case that fails is printed and the rest goes on. The table goes to standard output, all
-numbers to DIR/kernels.json. With --tune it sweeps configurations of the experts instead and
-writes the fastest to DIR/tuned_hopper.json, which is to be copied to triton_kernels/.
+weights that L2 does not help. ``--only stock`` are PyTorch's own experts, eager and compiled. A case that fails is
+printed and the rest goes on. The table goes to standard output, all numbers to DIR/kernels.json. With --tune it sweeps
+configurations of the experts instead and writes the fastest to DIR/tuned_hopper.json, which is to be copied to
+triton_kernels/.
 """
 
 from __future__ import annotations
@@ -273,45 +274,89 @@ def time_experts(name: str, weights: str) -> list[Row]:
     return rows
 
 
-def gathered(x: torch.Tensor, ids: torch.Tensor, w: torch.Tensor, up: torch.Tensor, down: torch.Tensor) -> torch.Tensor:
+def gathered(
+    spec: ExpertsSpec, x: torch.Tensor, ids: torch.Tensor, w: torch.Tensor, packed: list[torch.Tensor]
+) -> torch.Tensor:
     """Experts in plain PyTorch for few tokens: the chosen weights gathered, two batched products."""
-    T, K = ids.shape
-    flat = ids.view(-1)
-    h = torch.bmm(up[flat], x.repeat_interleave(K, 0)[:, :, None])[..., 0]
-    gate, u = h.chunk(2, -1)
-    y = torch.bmm(down[flat], (F.silu(gate) * u)[:, :, None])[..., 0]
+    (T, K), flat = ids.shape, ids.view(-1)
+    h = torch.bmm(packed[0][flat], x.repeat_interleave(K, 0)[:, :, None])[..., 0]
+    h = apply_gate(spec, h + packed[-2][flat] if spec.has_bias else h)
+    y = torch.bmm(packed[1][flat], h[:, :, None])[..., 0]
+    y = y + packed[-1][flat] if spec.has_bias else y
     return (y.view(T, K, -1) * w[..., None].to(y.dtype)).sum(1)
 
 
-def grouped(x: torch.Tensor, ids: torch.Tensor, w: torch.Tensor, up: torch.Tensor, down: torch.Tensor) -> torch.Tensor:
-    """Experts in plain PyTorch for many tokens: pairs sorted by expert, two grouped products."""
+def grouped(
+    spec: ExpertsSpec, x: torch.Tensor, ids: torch.Tensor, w: torch.Tensor, packed: list[torch.Tensor]
+) -> torch.Tensor:
+    """Experts in plain PyTorch for many tokens: pairs sorted by expert, two grouped products. Nothing waits for the
+    GPU, as ``bincount`` would, so that a CUDA graph takes it.
+    """
     T, K = ids.shape
-    order = ids.view(-1).argsort()
-    ends = torch.bincount(ids.view(-1), minlength=up.shape[0]).cumsum(0).int()
-    h = torch._grouped_mm(x[order // K], up.transpose(1, 2), ends)
-    gate, u = h.chunk(2, -1)
-    y = torch._grouped_mm(F.silu(gate) * u, down.transpose(1, 2), ends)
+    chosen, order = ids.view(-1).sort()
+    ends = torch.searchsorted(chosen, torch.arange(spec.num_experts, device=x.device), right=True, out_int32=True)
+    h = torch._grouped_mm(x[order // K], packed[0].transpose(1, 2), ends)
+    h = apply_gate(spec, h + packed[-2][chosen] if spec.has_bias else h)
+    y = torch._grouped_mm(h, packed[1].transpose(1, 2), ends)
+    y = y + packed[-1][chosen] if spec.has_bias else y
     back = torch.empty_like(y).index_copy_(0, order, y)
     return (back.view(T, K, -1) * w[..., None].to(y.dtype)).sum(1)
 
 
+STOCK = ((1, gathered), (4096, grouped))
+
+
+def check_experts_stock(name: str) -> list[Row]:
+    model = MODELS[name]
+    spec = model.spec("model", max(2 * model.K, 16))
+    packed = experts_packed(spec)
+    rows = []
+    for T, fn in ((3, gathered), (200, grouped)):
+        x = randn(T, spec.hidden, seed=T)
+        ids, w = routing(T, spec, model.K, 1)[0]
+        error = relative(fn(spec, x, ids, w, packed), experts_exact(spec, x, ids, w, packed))
+        rows.append(Row(f"stock experts {name} {fn.__name__}", error=error))
+    return rows
+
+
+def event_time(calls: list[Callable[[], Any]], repeats: int = 20) -> float:
+    """Microseconds a call without a graph: the calls one after another, between events."""
+    times = []
+    for _ in range(repeats + 2):
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        for call in calls:
+            call()
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end) * 1000 / len(calls))
+    return statistics.median(times[2:])
+
+
 def time_experts_stock(name: str) -> list[Row]:
+    """PyTorch's own experts in 16 bits, eager and compiled: replays of a graph, or without one where it takes none."""
     model = MODELS[name]
     spec = model.spec("model")
     packed = experts_packed(spec)
     rows = []
-    for T, fn in ((1, gathered), (4096, grouped)):
+    for T, fn in STOCK:
         x = randn(T, spec.hidden)
         steps = routing(T, spec, model.K, 8 if T == 1 else 2)
         nbytes = statistics.mean(expert_bytes(spec, packed, s[0]) for s in steps)
         flops = 6.0 * T * model.K * spec.hidden * spec.intermediate
         for how in ("eager", "compile"):
+            label = f"stock {how} experts {name} T={T}"
+            torch._dynamo.reset()
+            run = partial(fn if how == "eager" else torch.compile(fn, dynamic=False), spec, x)
+            calls = [partial(run, *s, packed) for s in steps]
             try:
-                run = fn if how == "eager" else torch.compile(fn, dynamic=False)
-                us = graph_time([partial(run, x, *s, *packed[:2]) for s in steps])
-                rows.append(Row(f"stock {how} experts {name} T={T}", us, nbytes, flops))
+                rows.append(Row(label, graph_time(calls), nbytes, flops))
             except Exception as error:
-                rows.append(Row(f"stock {how} experts {name} T={T}", problem=short(error)))
+                torch.cuda.synchronize()
+                try:
+                    rows.append(Row(label + " no graph", event_time(calls), nbytes, flops))
+                except Exception:
+                    rows.append(Row(label, problem=short(error)))
     return rows
 
 
@@ -614,6 +659,7 @@ TUNED = [
 def jobs(only: list[str], tune: bool) -> list[tuple[str, tuple[Any, ...]]]:
     every: list[tuple[str, tuple[Any, ...]]] = [("experts", (m, w)) for m, ws in EXPERTS.items() for w in ws]
     every += [("linear", (w,)) for w in LINEAR_FORMATS] + [("small", ()), ("mla", ())]
+    every += [("stock", (m,)) for m in MODELS if "model" in EXPERTS[m]]
     if tune:
         every = [("tune", t) for t in TUNED]
     return [j for j in every if not only or any(o in " ".join(map(str, (j[0], *j[1]))) for o in only)]
@@ -629,6 +675,7 @@ def run_job(job: tuple[str, tuple[Any, ...]], check: bool, part: tuple[int, int]
             "linear": (check_linear, time_linear),
             "small": (check_small, time_small),
             "mla": (check_mla, time_mla),
+            "stock": (check_experts_stock, time_experts_stock),
         }
         with torch.no_grad():
             return table[kind][0 if check else 1](*args)
@@ -741,8 +788,6 @@ def main() -> None:
         record |= {"checks": [asdict(r) for r in checks], "rows": [asdict(r) for r in rows]}
         Path(args.out, "tune.json" if args.tune else "kernels.json").write_text(json.dumps(record))
 
-    if not args.tune and not args.only:
-        work.append(("stock", ("qwen3-30b",)))
     for job in work:
         name = " ".join(map(str, (job[0], *job[1])))
         if any(name in r.case and ("illegal" in r.problem or "launch failure" in r.problem) for r in bad):
@@ -751,10 +796,7 @@ def main() -> None:
         if time.time() - began > args.minutes * 60:
             print("out of time before", job)
             continue
-        try:
-            fresh = time_experts_stock(*job[1]) if job[0] == "stock" else run_job(job, check=False)
-        except Exception as error:
-            fresh = [Row(str(job), problem=short(error))]
+        fresh = run_job(job, check=False)
         rows += fresh
         if args.tune:
             for which in ("up", "down"):
