@@ -184,7 +184,10 @@ CASES: dict[str, tuple[Callable[[], None], set[str]]] = {
     "linears": (linears, {"_rows_kernel"}),
     "attentions": (attentions, {"_part_kernel", "_merge_kernel"}),
     **{
-        w: (partial(quantised, w), {"_rows_kernel", "_pairs_up_kernel", "_pairs_down_kernel"})
+        w: (
+            partial(quantised, w, tokens=(1, 5), pairs=True),
+            {"_rows_kernel", "_pairs_up_kernel", "_pairs_down_kernel"},
+        )
         for w in ("model", "int4", "int4zp", "int8", "mxfp4", "fp8")
     },
     "descriptors": (descriptors, {"_up_kernel", "_down_kernel"}),

@@ -79,6 +79,16 @@ def test_every_format_at_awkward_sizes(weights: str, pairs: bool) -> None:
     check(spec, T=1 if FEW else 3, K=2 if FEW else 3, dtype=torch.bfloat16, pairs=pairs)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("weights", ["int8", "int4", "int4zp", "mxfp4"])
+def test_pairs_whose_integers_are_made_in_the_kernels_and_before(weights: str, dtype: torch.dtype) -> None:
+    from ktfx.triton_kernels.experts import MADE_FOR_MXFP4
+
+    spec = ExpertsSpec(7, 96, 64, weights=weights)
+    for T in (MADE_FOR_MXFP4, MADE_FOR_MXFP4 + 1):
+        check(spec, T=T, K=2, dtype=dtype, pairs=True)
+
+
 @pytest.mark.parametrize("pairs", [True, False], ids=["pairs", "tiles"])
 @pytest.mark.parametrize("weights", ["model", "int8", "int4", "fp8", "mxfp4"])
 def test_float32_is_exact(weights: str, pairs: bool) -> None:

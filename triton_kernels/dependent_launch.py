@@ -59,6 +59,16 @@ def prefetch_rows(w_ptr, row, K, ldw, LINES: tl.constexpr):
     )
 
 
+@triton.jit
+def prefetch_part(ptr, e, size, part, LINES: tl.constexpr):
+    """Ask for lines part·LINES to (part + 1)·LINES of the ``size`` bytes of entry e to be brought to L2."""
+    line = part * LINES + tl.minimum(tl.arange(0, triton.next_power_of_2(LINES)), LINES - 1)
+    at = ptr.to(tl.int64) + e * size + tl.minimum(line * LINE_BYTES, size - 1)
+    tl.inline_asm_elementwise(
+        "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [at], dtype=tl.int32, is_pure=False, pack=1
+    )
+
+
 def dependent(device: torch.device) -> dict[str, Any]:
     """Launch arguments of a kernel that keeps the rules above; none where the GPU or the environment has it off."""
     return {"DEPENDENT": True, "launch_pdl": True} if _supported(device) else {}

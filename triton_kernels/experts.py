@@ -22,10 +22,11 @@ from dataclasses import dataclass, replace
 import torch
 import triton
 import triton.language as tl
-from ktfx.triton_kernels.dependent_launch import dependent, prefetch_rows, wait_for_previous
+from ktfx.triton_kernels.dependent_launch import dependent, prefetch_part, prefetch_rows, wait_for_previous
 from ktfx.triton_kernels.dequant import activation, gated, narrow
 from ktfx.triton_kernels.grouping import PairTiles, group_pairs, tile_of
 from ktfx.triton_kernels.halved_experts import halved_tiles
+from ktfx.triton_kernels.integer_products import READY
 from ktfx.triton_kernels.launch import cdiv, on_its_device, pow2
 from ktfx.triton_kernels.matmul import (
     StoredWeight,
@@ -50,14 +51,14 @@ from ktfx.tuning import bucket, remembered
 
 @triton.jit
 def _pairs_up_kernel(
-    x_ptr, xs_ptr, ids_ptr, w_ptr, s_ptr, z_ptr, b_ptr, h_ptr,
-    E, H, inter, ldx, ldw, lds, alpha, limit,
+    x_ptr, xs_ptr, ids_ptr, w_ptr, s_ptr, z_ptr, b_ptr, h_ptr, next_ptr, next_s_ptr,
+    E, H, inter, ldx, ldw, lds, alpha, limit, next_bytes, next_s_bytes,
     TOPK: tl.constexpr, L: tl.constexpr, FMT: tl.constexpr, G: tl.constexpr, ACT: tl.constexpr, GATE: tl.constexpr,
     BIAS: tl.constexpr, NATIVE: tl.constexpr, R: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr,
-    INTEGER: tl.constexpr, DEPENDENT: tl.constexpr = False,
+    X: tl.constexpr, LINES: tl.constexpr, S_LINES: tl.constexpr, DEPENDENT: tl.constexpr = False,
 ):  # fmt: skip
     # Behind the inputs' integers the choice of experts was written by a kernel that has ended, and weights can be read.
-    if not INTEGER:
+    if X != READY:
         wait_for_previous(DEPENDENT)
     s = tl.program_id(0)
     e = tl.load(ids_ptr + s).to(tl.int64)
@@ -68,14 +69,18 @@ def _pairs_up_kernel(
     row, srow = e * (L * inter) + n, scale_row(e, n, L * inter, FMT)
     xrow = tl.zeros((1,), tl.int64) + s // TOPK
     acc = multiply_rows(
-        accumulator(L, R, FMT, G, BK, INTEGER), w_ptr, s_ptr, z_ptr, row, srow, ok, x_ptr, xs_ptr, xrow, ldx, 0, H,
-        ldw, lds, FMT, G, BK, NATIVE, INTEGER, DEPENDENT and INTEGER,
+        accumulator(L, R, FMT, G, BK, X), w_ptr, s_ptr, z_ptr, row, srow, ok, x_ptr, xs_ptr, xrow, ldx, 0, H,
+        ldw, lds, FMT, G, BK, NATIVE, X, DEPENDENT and X == READY,
     )  # fmt: skip
     for k0 in tl.range(BK, H, BK, num_stages=STAGES):
         acc = multiply_rows(
             acc, w_ptr, s_ptr, z_ptr, row, srow, ok, x_ptr, xs_ptr, xrow, ldx, k0, H, ldw, lds,
-            FMT, G, BK, NATIVE, INTEGER,
+            FMT, G, BK, NATIVE, X,
         )  # fmt: skip
+    if LINES > 0:
+        there = tl.minimum(tl.maximum(e, 0), E - 1)
+        prefetch_part(next_ptr, there, next_bytes, tl.program_id(1), LINES)
+        prefetch_part(next_s_ptr, there, next_s_bytes, tl.program_id(1), S_LINES)
     y = tl.sum(acc, 2)
     if FMT == "int8":
         y *= tl.load(s_ptr + srow, mask=ok, other=0.0)
@@ -95,7 +100,7 @@ def _pairs_down_kernel(
     E, H, inter, ldh, ldw, lds,
     TOPK: tl.constexpr, KP: tl.constexpr, FMT: tl.constexpr, G: tl.constexpr, BIAS: tl.constexpr, NATIVE: tl.constexpr,
     R: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr,
-    INTEGER: tl.constexpr, LINES: tl.constexpr = 0, DEPENDENT: tl.constexpr = False,
+    X: tl.constexpr, LINES: tl.constexpr = 0, DEPENDENT: tl.constexpr = False,
 ):  # fmt: skip
     t = tl.program_id(0)
     k = tl.arange(0, KP)
@@ -111,13 +116,13 @@ def _pairs_down_kernel(
         prefetch_rows(w_ptr, tl.reshape(there, (KP * R,)), inter, ldw, LINES)
     xrow = (t * TOPK + tl.where(valid, k, 0)).to(tl.int64)
     acc = multiply_rows(
-        accumulator(KP, R, FMT, G, BK, INTEGER), w_ptr, s_ptr, z_ptr, row, srow, ok, h_ptr, hs_ptr, xrow, ldh, 0, inter,
-        ldw, lds, FMT, G, BK, NATIVE, INTEGER, DEPENDENT,
+        accumulator(KP, R, FMT, G, BK, X), w_ptr, s_ptr, z_ptr, row, srow, ok, h_ptr, hs_ptr, xrow, ldh, 0, inter,
+        ldw, lds, FMT, G, BK, NATIVE, X, DEPENDENT,
     )  # fmt: skip
     for i0 in tl.range(BK, inter, BK, num_stages=STAGES):
         acc = multiply_rows(
             acc, w_ptr, s_ptr, z_ptr, row, srow, ok, h_ptr, hs_ptr, xrow, ldh, i0, inter, ldw, lds,
-            FMT, G, BK, NATIVE, INTEGER,
+            FMT, G, BK, NATIVE, X,
         )  # fmt: skip
     y = tl.sum(acc, 2)
     if FMT == "int8":
@@ -302,6 +307,9 @@ class TilesConfig:
     halves: bool = False
 
 
+# Of mxfp4 programs make integers of their inputs themselves up to so many tokens: its look-ups leave no room for more.
+MADE_FOR_MXFP4 = 4
+
 PairsPair = tuple[PairsConfig, PairsConfig]
 TilesPair = tuple[TilesConfig, TilesConfig]
 
@@ -313,17 +321,36 @@ def pairs_config(weight: StoredWeight, K: int, leading: int, dtype: torch.dtype,
     """
     rows = pow2(leading)
     if weight.small_integers and dtype.itemsize == 2:
-        run = integer_run(weight)
-        if rows <= 2:
-            return PairsConfig(R=(4 if T == 1 else 8) // rows, BK=run, num_warps=1)
-        if T > 1:
-            return PairsConfig(R=4, BK=run // 2, num_warps=max(1, rows // 2))
-        # mxfp4's look-ups keep more in registers: fewer, longer programs (Qwen3's layer 13.9 against 15.9 µs).
-        return PairsConfig(R=8, BK=run, num_warps=max(4, min(16, rows // 2 if weight.fmt == "mxfp4" else rows)))
+        return _integer_pairs_config(weight, rows, T)
     BK = step_of(K, (512, 256, 128)) if K > 128 else max(pow2(K), 16)
     if weight.grouped:
         BK = max(BK, weight.group)
     return PairsConfig(R=4 if leading <= 4 else max(1, 16 // rows), BK=BK, num_warps=max(1, min(4, BK // 128)))
+
+
+def _integer_pairs_config(weight: StoredWeight, rows: int, T: int) -> PairsConfig:
+    """``pairs_config`` where products are in integers, by sweeps on one H200 (mxfp4 of more tokens: on one H100)."""
+    run, int8, mxfp4 = integer_run(weight), weight.fmt == "int8", weight.fmt == "mxfp4"
+    if rows <= 2:
+        narrow = T == 1 or int8 or (mxfp4 and T <= MADE_FOR_MXFP4)
+        return PairsConfig(R=(4 if narrow else 8) // rows, BK=2 * run if T == 1 and int8 else run, num_warps=1)
+    if T == 1:
+        # mxfp4's look-ups keep more in registers: fewer, longer programs.
+        return PairsConfig(R=4 if int8 else 8, BK=run, num_warps=max(4, min(16, rows // 2 if mxfp4 else rows)))
+    if int8 or (mxfp4 and T > MADE_FOR_MXFP4):
+        return PairsConfig(R=4, BK=run // 2, num_warps=max(1, rows // 2))
+    return PairsConfig(R=8, BK=run // 2 if rows > 4 else run, num_warps=max(4, rows // 2))
+
+
+def asked_ahead(down: StoredWeight, H: int, K: int, programs: int) -> tuple[int, int]:
+    """Lines of 128 bytes of down's rows and scales that each program of gate and up, of an expert, asks for ahead.
+
+    mxfp4's gate and up are bound by instructions and leave memory idle. Other formats' gain nothing, and lose where
+    down is large.
+    """
+    if down.fmt != "mxfp4" or K * H * down.row_bytes > 32 << 20:
+        return 0, 0
+    return cdiv(H * down.row_bytes, 128 * programs), cdiv(H * down.scale_row_bytes, 128 * programs)
 
 
 def tiles_config(weight: StoredWeight, rows_an_expert: float, dtype: torch.dtype, parts: int) -> TilesConfig:
@@ -482,20 +509,22 @@ def _run_pairs(
     L = spec.up_parts
     h = torch.empty(T * K, inter, dtype=x.dtype, device=x.device)
     # Not early: the kernel before may be the router.
-    xs = row_inputs(x, up)
-    _pairs_up_kernel[(T * K, cdiv(inter, first.R))](
-        xs.data, xs.scales, ids, up.data, up.scales, up.zeros, biases[0], h,
-        E, H, inter, xs.ldx, up.ldw, up.lds, spec.alpha, spec.limit,
+    made, programs = up.fmt != "mxfp4" or T <= MADE_FOR_MXFP4, cdiv(inter, first.R)
+    xs = row_inputs(x, up, made)
+    lines = asked_ahead(down, H, K, programs) if T == 1 and dependent(x.device) else (0, 0)
+    _pairs_up_kernel[(T * K, programs)](
+        xs.data, xs.scales, ids, up.data, up.scales, up.zeros, biases[0], h, down.data, down.scales,
+        E, H, inter, xs.ldx, up.ldw, up.lds, spec.alpha, spec.limit, H * down.row_bytes, H * down.scale_row_bytes,
         TOPK=K, L=L, ACT=spec.activation, GATE=spec.gate, R=first.R, BK=first.BK, STAGES=first.STAGES,
-        INTEGER=xs.integer,
+        X=xs.kind, LINES=lines[0], S_LINES=lines[1],
         num_warps=first.num_warps, BIAS=spec.has_bias, **dependent(x.device), **up.constants(),
     )  # fmt: skip
-    hs = row_inputs(h, down, early=True)
+    hs = row_inputs(h, down, made, early=True)
     _pairs_down_kernel[(T, cdiv(H, second.R))](
         hs.data, hs.scales, ids, weights, down.data, down.scales, down.zeros, biases[1], out,
         E, H, inter, hs.ldx, down.ldw, down.lds,
         TOPK=K, KP=pow2(K), R=second.R, BK=second.BK, STAGES=second.STAGES,
-        INTEGER=hs.integer, LINES=down.lines,
+        X=hs.kind, LINES=down.lines,
         num_warps=second.num_warps, BIAS=spec.has_bias, **dependent(x.device), **down.constants(),
     )  # fmt: skip
 

@@ -56,7 +56,8 @@ def _place_kernel(
     left = tl.maximum(total - tiles_of * BM, 0)
     tile_start = tl.cumsum(tiles_of, 0) - tiles_of
 
-    rank = tl.sum(((ids[:, None] == ids[None, :]) & (at[None, :] < at[:, None])).to(tl.int32), 1)
+    # Over the first dimension: a thread has whole columns, and nothing is added across threads.
+    rank = tl.sum(((ids[:, None] == ids[None, :]) & (at[:, None] < at[None, :])).to(tl.int32), 0)
     base = tl.gather(first_pair + before, tl.maximum(ids, 0), 0)
     tl.store(order_ptr + base + rank, s, mask=(s < S) & (ids >= 0))
 

@@ -1,9 +1,8 @@
-"""Weight rows of 4 and 8 bits times one vector, in integers: ``multiply_rows`` for int4, int4zp, int8 and mxfp4.
+"""Integers of x, made by a kernel before, and their products with bytes of weights of 4 and 8 bits.
 
 x becomes int16 with one scale per block of 32 values (exact to 2⁻¹⁶ of the block's largest, finer than bfloat16 or
 float16 hold it), stored as bytes: x = 256·high + low. A word of weights is then four bytes after one mask, and one
-``dp4a`` an instruction multiplies four by four: about one instruction a weight, where unpacking to float32 takes five
-to seven and keeps a GPU from reading at full speed. Sums of a block are exact in int32 and in float32.
+``dp4a`` an instruction multiplies four by four. Sums of a block are exact in int32 and in float32.
 
 The bytes lie in planes, each with one word for each word of weights, so that a thread reads both alike and nothing
 moves between threads: for int8 the high bytes and the low ones; for 4 bits, where a word holds eight weights, the high
@@ -19,7 +18,7 @@ import torch
 import triton
 import triton.language as tl
 from ktfx.triton_kernels.dependent_launch import dependent, let_next_begin, wait_for_previous
-from ktfx.triton_kernels.dequant import INTERPRETED, load_group_scale
+from ktfx.triton_kernels.dequant import INTERPRETED
 from ktfx.triton_kernels.launch import cdiv, on_its_device
 
 BLOCK = 32
@@ -185,38 +184,12 @@ def bytes_of(w, zero, PART: tl.constexpr, FMT: tl.constexpr):
 
 
 @triton.jit
-def multiply_integers(
-    acc, w_ptr, s_ptr, z_ptr, row, srow, ok, planes_ptr, scales_ptr, xrow, k0, blocks, ldw, lds,
-    FMT: tl.constexpr, G: tl.constexpr, BK: tl.constexpr, WAIT: tl.constexpr,
-):  # fmt: skip
-    """acc (L, R, parts) += w[row, k0:k0+BK] · x, still apart by runs of 16 bytes of weights: BK/32 of them, int8 BK/16.
-
-    row, srow, ok: (L or 1, R), weight rows, scale rows and which exist; xrow: (L or 1,), rows of x times ``blocks``,
-    the blocks in a row. Needs rows of whole 16-byte runs. WAIT: the kernel's wait for the kernels before it stands
-    here, when the weights are on their way and before x is read.
-    """
-    WORDS: tl.constexpr = BK // 4 if FMT == "int8" else BK // 8
-    RUNS: tl.constexpr = WORDS // 4
+def ready_sums(ws, acc, planes_ptr, scales_ptr, xrow, word, block, blocks, FMT: tl.constexpr):
+    """Sums of bytes of weights (``bytes_of``) times integers of x, their scales, and for 4 bits the integers' sums."""
     PARTS: tl.constexpr = 1 if FMT == "int8" else 2
-    # Threads lie along a row, each with one run. Words are asked for by whole rows and scales transposed, since a load
-    # of which Triton knows no neighbours is laid out by its first dimension: otherwise results change threads here.
-    word = (k0 // 4 if FMT == "int8" else k0 // 8) + tl.arange(0, WORDS)
-    # All loads first: they are issued in this order, and only then is one waited for.
-    w = tl.load(
-        w_ptr.to(tl.pointer_type(tl.int32)) + row[:, :, None] * (ldw // 4) + word[None, None, :],
-        mask=ok[:, :, None] & (word < ldw // 4)[None, None, :], other=0,
-    )  # fmt: skip
-    # (2b + 1) // 2 is b, and hides that scales of groups of 32 are neighbours, which one thread would load together.
-    block = k0 // 32 + (tl.arange(0, RUNS) if FMT == "int8" else tl.arange(0, RUNS) * 2 + 1) // 2
-    if FMT != "int8":
-        g = (block // (G // 32))[:, None, None] + tl.trans(srow)[None, :, :] * lds
-        exists = (block * 16 < ldw)[:, None, None] & tl.trans(ok)[None, :, :]
-        scale = tl.permute(load_group_scale(s_ptr, g, exists, FMT), 2, 1, 0)
-        if FMT == "int4zp":
-            least = tl.permute(tl.load(z_ptr + g, mask=exists, other=0).to(tl.float32), 2, 1, 0)
-    wait_for_previous(WAIT)
     plane = blocks * (4 * 2 // PARTS)
     at = planes_ptr + xrow[:, None, None] * 16 + word[None, None, :]
+    # All loads first: they are issued in this order, and only then is one waited for.
     there = tl.zeros_like(at.to(tl.int64)) + word[None, None, :] < plane
     x_high = tl.load(at, mask=there, other=0)
     x_low = tl.load(at + PARTS * plane, mask=there, other=0)
@@ -226,27 +199,18 @@ def multiply_integers(
     x_at = block[:, None] + xrow[None, :] * 2
     in_x = tl.zeros_like(x_at) + block[:, None] < blocks
     x_scale = tl.trans(tl.load(scales_ptr + x_at, mask=in_x, other=0.0))[:, None, :]
+    x_sum = x_scale
     if PARTS == 2:
         x_sum = tl.trans(tl.load(scales_ptr + x_at + blocks, mask=in_x, other=0.0))[:, None, :]
-    ws, highs, lows = words_of_runs(w), words_of_runs(x_high), words_of_runs(x_low)
+    highs, lows = words_of_runs(x_high), words_of_runs(x_low)
+    if PARTS == 2:
+        highs, lows = highs + words_of_runs(x_high_2), lows + words_of_runs(x_low_2)
     zero = unknown_zero() if FMT == "mxfp4" else 0
     high = tl.zeros(acc.shape, tl.int32)
     low = tl.zeros(acc.shape, tl.int32)
-    for i in tl.static_range(4):
-        four = bytes_of(ws[i], zero, 0, FMT)
-        high, low = dp4a(four, highs[i], high, FMT == "int8"), dp4a(four, lows[i], low, FMT == "int8")
-    if PARTS == 2:
-        highs, lows = words_of_runs(x_high_2), words_of_runs(x_low_2)
+    for part in tl.static_range(PARTS):
         for i in tl.static_range(4):
-            four = bytes_of(ws[i], zero, 1, FMT)
-            high, low = dp4a(four, highs[i], high, False), dp4a(four, lows[i], low, False)
-    dot = (high * 256 + low).to(tl.float32)
-    if FMT == "int8":
-        acc += dot * x_scale
-    elif FMT == "mxfp4":
-        acc += (dot - 12.0 * x_sum) * (scale * 0.5 * x_scale)
-    elif FMT == "int4zp":
-        acc += (dot - least * x_sum) * (scale * x_scale)
-    else:
-        acc += (dot - 8.0 * x_sum) * (scale * x_scale)
-    return acc
+            four = bytes_of(ws[i], zero, part, FMT)
+            high = dp4a(four, highs[4 * part + i], high, FMT == "int8")
+            low = dp4a(four, lows[4 * part + i], low, FMT == "int8")
+    return (high * 256 + low).to(tl.float32), x_scale, x_sum

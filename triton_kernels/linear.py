@@ -36,7 +36,7 @@ from ktfx.triton_kernels.tile_results import linear_tile, store_linear
 def _rows_kernel(
     x_ptr, xs_ptr, w_ptr, s_ptr, z_ptr, b_ptr, y_ptr, M, N, K, ldx, ldw, lds,
     FMT: tl.constexpr, G: tl.constexpr, BIAS: tl.constexpr, NATIVE: tl.constexpr,
-    BM: tl.constexpr, R: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr, INTEGER: tl.constexpr,
+    BM: tl.constexpr, R: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr, X: tl.constexpr,
     DEPENDENT: tl.constexpr = False,
 ):  # fmt: skip
     m = tl.program_id(0) * BM + tl.arange(0, BM)
@@ -45,13 +45,13 @@ def _rows_kernel(
     srow = scale_row(tl.zeros((1, 1), tl.int64), row, N, FMT)
     xrow = tl.minimum(m, M - 1).to(tl.int64)
     acc = multiply_rows(
-        accumulator(BM, R, FMT, G, BK, INTEGER), w_ptr, s_ptr, z_ptr, row, srow, ok, x_ptr, xs_ptr, xrow, ldx, 0, K,
-        ldw, lds, FMT, G, BK, NATIVE, INTEGER, DEPENDENT,
+        accumulator(BM, R, FMT, G, BK, X), w_ptr, s_ptr, z_ptr, row, srow, ok, x_ptr, xs_ptr, xrow, ldx, 0, K,
+        ldw, lds, FMT, G, BK, NATIVE, X, DEPENDENT,
     )  # fmt: skip
     for k0 in tl.range(BK, K, BK, num_stages=STAGES):
         acc = multiply_rows(
             acc, w_ptr, s_ptr, z_ptr, row, srow, ok, x_ptr, xs_ptr, xrow, ldx, k0, K, ldw, lds,
-            FMT, G, BK, NATIVE, INTEGER,
+            FMT, G, BK, NATIVE, X,
         )  # fmt: skip
     y = tl.sum(acc, 2)
     if FMT == "int8":
@@ -161,11 +161,12 @@ def linear(
     c = config or linear_config(weight, M, N, K, x.dtype)
     b = weight.data if bias is None else bias
     if c.rows:
-        inputs = row_inputs(flat, weight, early=True)
+        # Each program makes integers of x itself; of more rows, or beside mxfp4's look-ups, that is too much work.
+        inputs = row_inputs(flat, weight, made=M == 1 and weight.fmt != "mxfp4", early=True)
         _rows_kernel[(cdiv(M, c.BM), cdiv(N, c.R))](
             inputs.data, inputs.scales, weight.data, weight.scales, weight.zeros, b, y,
             M, N, K, inputs.ldx, weight.ldw, weight.lds,
-            BM=c.BM, R=c.R, BK=c.BK, STAGES=c.num_stages, INTEGER=inputs.integer, num_warps=c.num_warps,
+            BM=c.BM, R=c.R, BK=c.BK, STAGES=c.num_stages, X=inputs.kind, num_warps=c.num_warps,
             BIAS=bias is not None, **dependent(x.device), **weight.constants(),
         )  # fmt: skip
         return y

@@ -1,8 +1,8 @@
 """Products with a stored weight, the two shapes every matmul family builds on.
 
 ``multiply_rows`` is for one vector: weight rows times x on the ordinary units, in float32 or, for formats of 4 and 8
-bits, in integers (``integer_rows``), which is all that reading at full bandwidth needs. ``multiply_tile`` is for many:
-tensor cores, with the weight as the left operand.
+bits, in integers (``integer_products``), which is all that reading at full bandwidth needs. ``multiply_tile`` is for
+many: tensor cores, with the weight as the left operand.
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ from ktfx.triton_kernels.dequant import (
     settled,
 )
 from ktfx.triton_kernels.input_halves import EIGHT_BITS
-from ktfx.triton_kernels.integer_rows import integer_inputs, multiply_integers
+from ktfx.triton_kernels.integer_products import FLOATS, MADE, READY, multiply_integers
+from ktfx.triton_kernels.integer_rows import integer_inputs
 from ktfx.triton_kernels.launch import bytes_view, cdiv, native_fp8, pow2, shared_memory, takes_descriptors
 from ktfx.triton_kernels.paired_values import int8_byte, paired_nibbles
 
@@ -43,20 +44,21 @@ def scale_row(e, n, N, FMT: tl.constexpr):
 @triton.jit
 def multiply_rows(
     acc, w_ptr, s_ptr, z_ptr, row, srow, ok, x_ptr, xs_ptr, xrow, ldx, k0, K, ldw, lds,
-    FMT: tl.constexpr, G: tl.constexpr, BK: tl.constexpr, NATIVE: tl.constexpr, INTEGER: tl.constexpr = False,
+    FMT: tl.constexpr, G: tl.constexpr, BK: tl.constexpr, NATIVE: tl.constexpr, X: tl.constexpr = FLOATS,
     WAIT: tl.constexpr = False,
 ):  # fmt: skip
     """acc += w[row, k0:k0+BK] · x[xrow, k0:k0+BK], still unsummed along k (model, int8) or along groups.
 
     row, srow, ok: (L or 1, R), weight rows, scale rows and which exist; xrow: (L or 1,) rows of x, times ``ldx`` here.
-    acc: what ``accumulator`` gives. INTEGER: x_ptr and xs_ptr hold ``IntegerInputs``, ldx their blocks in a row.
+    acc: what ``accumulator`` gives. X: ``FLOATS``, or in integers ``MADE``, or ``READY``, where x_ptr and xs_ptr hold
+    ``IntegerInputs`` and ldx is their blocks in a row.
     WAIT: the kernel's wait for the kernels before it (``dependent_launch``) stands here, when the weights are on their
     way and before x is read.
     """
     xrow = xrow * ldx
-    if INTEGER:
+    if X != FLOATS:
         acc = multiply_integers(
-            acc, w_ptr, s_ptr, z_ptr, row, srow, ok, x_ptr, xs_ptr, xrow, k0, ldx, ldw, lds, FMT, G, BK, WAIT
+            acc, w_ptr, s_ptr, z_ptr, row, srow, ok, x_ptr, xs_ptr, xrow, k0, K, ldx, ldw, lds, FMT, G, BK, X, WAIT
         )
     elif FMT == "model" or FMT == "int8":
         k = k0 + tl.arange(0, BK)
@@ -102,12 +104,12 @@ def multiply_rows(
 
 @triton.jit
 def accumulator(
-    L: tl.constexpr, R: tl.constexpr, FMT: tl.constexpr, G: tl.constexpr, BK: tl.constexpr, INTEGER: tl.constexpr
+    L: tl.constexpr, R: tl.constexpr, FMT: tl.constexpr, G: tl.constexpr, BK: tl.constexpr, X: tl.constexpr
 ):
     """Zeros for ``multiply_rows``."""
     RUNS: tl.constexpr = BK // 16 if FMT == "int8" else BK // 32
     SUMS: tl.constexpr = BK if FMT == "model" or FMT == "int8" else BK // G
-    PARTS: tl.constexpr = RUNS if INTEGER else SUMS
+    PARTS: tl.constexpr = SUMS if X == FLOATS else RUNS
     return tl.zeros((L, R, PARTS), tl.float32)
 
 
@@ -227,6 +229,14 @@ class StoredWeight:
         lines = pow2(cdiv(self.ldw * self.data.element_size(), 128))
         return lines if lines <= 256 else 0
 
+    @property
+    def row_bytes(self) -> int:
+        return self.ldw * self.data.element_size()
+
+    @property
+    def scale_row_bytes(self) -> int:
+        return self.lds * self.scales.element_size()
+
     def integers(self, x: torch.Tensor) -> bool:
         """Whether ``multiply_integers`` serves: a format of 4 or 8 bits in whole 16-byte runs, inputs of 16 bits."""
         whole_runs = self.ldw % 16 == 0 and self.data.data_ptr() % 4 == 0
@@ -285,15 +295,17 @@ class RowInputs:
     data: torch.Tensor
     scales: torch.Tensor
     ldx: int
-    integer: bool
+    kind: int
 
 
-def row_inputs(x: torch.Tensor, weight: StoredWeight, early: bool = False) -> RowInputs:
-    """x as integers where the weight is multiplied in integers, else as it is. early: as in ``integer_inputs``."""
+def row_inputs(x: torch.Tensor, weight: StoredWeight, made: bool, early: bool = False) -> RowInputs:
+    """made: the kernel makes integers of x itself, where rows are whole runs. early: as in ``integer_inputs``."""
     if not weight.integers(x):
-        return RowInputs(x, x, x.stride(0), False)
+        return RowInputs(x, x, x.stride(0), FLOATS.value)
+    if made and (x.shape[1] | x.stride(0)) % 8 == 0 and x.data_ptr() % 4 == 0:
+        return RowInputs(x, x, x.stride(0), MADE.value)
     integers = integer_inputs(x, weight.fmt, early)
-    return RowInputs(integers.planes, integers.scales, integers.blocks, True)
+    return RowInputs(integers.planes, integers.scales, integers.blocks, READY.value)
 
 
 def step_of(K: int, steps: Sequence[int]) -> int:
