@@ -18,6 +18,7 @@ from ktfx.adopt import adopt, give_up
 from ktfx.backend import compile_graph
 from ktfx.bad_calls import bound_argument, reason_for_failure, refuse_bad_shapes
 from ktfx.cache import place_cache
+from ktfx.cache_argument import cache_given
 from ktfx.copies import leave_out_of_copies, stop_leaving_out
 from ktfx.debug.watch import repro_directory
 from ktfx.direct import MAX_FORMS, DirectCall, can_be_called_directly, form_of, note_call, notes_of
@@ -238,7 +239,7 @@ def _wrap(
 
     def compiled(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         refuse_bad_shapes(original, args, kwargs)
-        cache = kwargs.get("past_key_values")
+        cache = cache_given(kwargs)
         if cache is not None:
             if record.options.sliding_cache == "full":
                 lengthen_sliding_layers(cache, bound_argument(original, "attention_mask", args, kwargs))

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ktfx.cache_argument import cache_given
 from ktfx.errors import CaptureError
 
 
@@ -30,7 +31,7 @@ def refuse_bad_shapes(forward: Callable[..., Any], args: tuple[Any, ...], kwargs
             expected="(batch, length) with at least one token",
             mend="begin an empty prompt with the tokenizer's bos token",
         )
-    capacity = _capacity(given.get("past_key_values"))
+    capacity = _capacity(cache_given(given))
     if capacity is not None and tokens.shape[1] > capacity:
         raise _cache_full(capacity, 0, tokens.shape[1])
 
@@ -44,7 +45,7 @@ def reason_for_failure(
     if tokens is None:
         return None
     wrong = _wrong_tokens(name, tokens, _embedding(model))
-    return wrong or _wrong_cache(tokens, given.get("past_key_values"))
+    return wrong or _wrong_cache(tokens, cache_given(given))
 
 
 def bound_argument(forward: Callable[..., Any], name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

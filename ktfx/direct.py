@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ktfx.cache_argument import cache_given
 from ktfx.placed_tensor import PlacedTensor
 from ktfx.program.cuda_graphs import CudaRecorder, Recording, cuda_device_of, groups_of
 from ktfx.program.program import Call, Program, WeightSlot
@@ -170,7 +171,7 @@ def _rope_types(module: nn.Module) -> list[str]:
 
 def notes_of(kwargs: dict[str, Any]) -> Any:
     """The Python state that a call may change on its cache (the counter of a layer that holds a window alone)."""
-    cache = kwargs.get("past_key_values")
+    cache = cache_given(kwargs)
     return [
         {k: v for k, v in vars(layer).items() if not isinstance(v, (torch.Tensor, list))}
         for layer in getattr(cache, "layers", ())

@@ -10,10 +10,11 @@ from typing import Any
 
 from torch import nn
 
+from ktfx.cache_argument import CACHE_NAMES, cache_given
 from ktfx.sliding_cache import lengthen_sliding_layers
 
 # transformers refuses these together with `cache_implementation="static"`.
-_RULES_OUT_STATIC = ("past_key_values", "assistant_model", "prompt_lookup_num_tokens")
+_RULES_OUT_STATIC = (*CACHE_NAMES, "assistant_model", "prompt_lookup_num_tokens")
 
 
 def generate_with_callers_cache(model: nn.Module, own_implementation: Any) -> Callable[..., Any]:
@@ -51,7 +52,7 @@ def prepare_with_long_layers(model: nn.Module) -> Callable[..., Any]:
 
     @functools.wraps(prepare)
     def wrapper(*args: Any, **kwargs: Any) -> Any:
-        lengthen_sliding_layers(kwargs.get("past_key_values"), kwargs.get("attention_mask"))
+        lengthen_sliding_layers(cache_given(kwargs), kwargs.get("attention_mask"))
         return prepare(model_ref(), *args, **kwargs)
 
     return wrapper

@@ -151,6 +151,8 @@ def _syntax_error(error: yaml.MarkedYAMLError, text: str, file: str) -> RuleErro
         return RuleError(
             f"not YAML: {problem}", origin=origin, mend="write the anchor (&name) before its alias (*name)"
         )
+    if "nesting depth" in problem:  # PyYAML's own limit, from 6.0.4 on, found ahead of ours
+        return RuleError("nested too deeply", origin=origin, expected=f"at most {MAX_DEPTH} levels")
     return RuleError(f"not YAML: {problem}", origin=origin, mend="check indentation, quotes and brackets there")
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 import ktfx
+from ktfx.cache_argument import cache_keyword
 from ktfx.placed_tensor import PlacedTensor
 from ktfx.verify import relative_error
 
@@ -32,6 +33,11 @@ def static_cache(model: nn.Module, length: int) -> Any:
     return StaticCache(config=model.config, max_cache_len=length)
 
 
+def with_cache(model: nn.Module, cache: Any) -> dict[str, Any]:
+    """Keywords of a call with a cache, by the name that this version of transformers has for it."""
+    return {cache_keyword(model.forward): cache, "use_cache": True}
+
+
 def run_steps(
     model: nn.Module,
     ids: torch.Tensor,
@@ -47,7 +53,7 @@ def run_steps(
     with torch.no_grad():
         current = ids
         for step in range(steps + 1):
-            kwargs: dict[str, Any] = {"input_ids": current, "past_key_values": cache, "use_cache": True}
+            kwargs: dict[str, Any] = {"input_ids": current, **with_cache(model, cache)}
             if mask is not None:
                 kwargs["attention_mask"] = mask
             out = model(**kwargs)

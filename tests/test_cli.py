@@ -256,7 +256,10 @@ def test_explain_says_that_a_quantised_checkpoint_is_counted_unpacked(tmp_path: 
     config["quantization_config"] = {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [128, 128]}
     (tmp_path / "config.json").write_text(json.dumps(config))
     found = as_json(ktfx("explain", "deepseek-v3-2gpu", "--model", tmp_path, "--json"))
-    assert found["warnings"] == ["the checkpoint is stored quantised (fp8); bytes are counted for bfloat16"]
+    # transformers keeps the router's weight in float32 from 5.24 on.
+    dtypes = ", ".join(found["model"]["dtypes"])
+    assert dtypes in ("bfloat16", "bfloat16, float32")
+    assert found["warnings"] == [f"the checkpoint is stored quantised (fp8); bytes are counted for {dtypes}"]
     plain = as_json(ktfx("explain", "deepseek-v3-2gpu", "--model", "deepseek-v3", "--json"))
     assert plain["warnings"] == [] and plain["devices"] == found["devices"]
 

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from families import tiny_model
-from parity import DEVICES, compare, run_steps, static_cache, two_gpus_host
+from parity import DEVICES, compare, run_steps, static_cache, two_gpus_host, with_cache
 
 import ktfx
 from ktfx import direct
@@ -128,11 +128,11 @@ def test_a_weight_written_in_place_is_seen_by_the_next_replay(stand_in: StandIn)
     cache = static_cache(model, 32)
     with torch.no_grad():
         for _ in range(6):
-            before = model(input_ids=torch.tensor([[5]]), past_key_values=cache, use_cache=True).logits
+            before = model(input_ids=torch.tensor([[5]]), **with_cache(model, cache)).logits
         assert stand_in.replays > 0
         model.lm_head.weight.mul_(3.0)
         cache.reset()
-        logits = [model(input_ids=torch.tensor([[5]]), past_key_values=cache, use_cache=True).logits for _ in range(6)]
+        logits = [model(input_ids=torch.tensor([[5]]), **with_cache(model, cache)).logits for _ in range(6)]
     torch.testing.assert_close(logits[5], before * 3.0, rtol=1e-4, atol=1e-5)
 
 
@@ -148,7 +148,7 @@ def decode_program(layers: int, rules: Any) -> Program:
     model = tiny_model("qwen3_moe", layers=layers)
     ktfx.compile(model, rules, simulate="cpu", partition_backend="eager")
     with torch.no_grad():
-        model(input_ids=torch.tensor([[5]]), past_key_values=static_cache(model, 32), use_cache=True)
+        model(input_ids=torch.tensor([[5]]), **with_cache(model, static_cache(model, 32)))
     (graph,) = ktfx.state_of(model).graphs
     assert graph.phase == "generate"
     return graph.built.program

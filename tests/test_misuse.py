@@ -11,10 +11,11 @@ from pathlib import Path
 import pytest
 import torch
 from families import tiny_model
-from parity import BFLOAT16_TOLERANCE, FLOAT32_TOLERANCE, run_steps, static_cache, two_gpus_host
+from parity import BFLOAT16_TOLERANCE, FLOAT32_TOLERANCE, run_steps, static_cache, two_gpus_host, with_cache
 from torch import nn
 
 import ktfx
+from ktfx.cache_argument import cache_keyword
 from ktfx.errors import CaptureError, OptionError, RuleError, WeightError
 from ktfx.verify import relative_error
 
@@ -71,7 +72,7 @@ def test_a_static_cache_that_is_too_short_or_of_another_batch(model):
         run_steps(model, ids(), 5, cache)
     cache.reset()
     with torch.no_grad(), pytest.raises(CaptureError, match="a batch of 1, and the call has one of 2"):
-        model(input_ids=ids(1, batch=2), past_key_values=cache)
+        model(input_ids=ids(1, batch=2), **with_cache(model, cache))
 
 
 def test_training_mode_is_noticed_on_repeated_calls_too(model):
@@ -254,7 +255,9 @@ def test_generation_goes_on_with_a_cache_that_the_caller_kept(model):
             ids(), max_new_tokens=3, do_sample=False, return_dict_in_generate=True, cache_implementation="dynamic"
         )
         prompt = torch.cat([first.sequences, ids(3, seed=4)], dim=1)
-        return model.generate(prompt, past_key_values=first.past_key_values, max_new_tokens=4, do_sample=False)
+        keyword = cache_keyword(model.forward)
+        kept = {keyword: first[keyword]}
+        return model.generate(prompt, **kept, max_new_tokens=4, do_sample=False)
 
     want = two_turns()
     compiled(model)

@@ -17,6 +17,7 @@ from torch import nn
 
 import ktfx
 from ktfx import direct
+from ktfx.cache_argument import cache_keyword
 from ktfx.errors import OptionError
 from ktfx.program.cuda_graphs import CudaRecorder
 from ktfx.sliding_cache import lengthen_sliding_layers
@@ -140,7 +141,7 @@ def test_chunked_prefill_and_a_cache_of_the_callers(counted: Counted, given: boo
     want = model.generate(text, cache_implementation="static", disable_compile=True, **settings)
     ktfx.compile(model, ONE_GPU, **EAGER)
     if given:
-        settings["past_key_values"] = static_cache(model, 64)
+        settings[cache_keyword(model.forward)] = static_cache(model, 64)
         settings.pop("prefill_chunk_size")
     assert torch.equal(model.generate(text, **settings), want)
     assert counted.ran >= WINDOW
@@ -192,10 +193,11 @@ def test_windows_alone_if_asked(counted: Counted) -> None:
 def test_a_ready_mask_keeps_the_layers_it_was_sized_by() -> None:
     model = two_layers("gpt_oss")
     cache, text = static_cache(model, 64), prompt()
-    inputs = model.prepare_inputs_for_generation(text, past_key_values=cache, attention_mask=torch.ones_like(text))
+    keyword = cache_keyword(model.forward)
+    inputs = model.prepare_inputs_for_generation(text, attention_mask=torch.ones_like(text), **{keyword: cache})
     assert isinstance(inputs["attention_mask"], dict)
     with torch.no_grad():
-        want = model(**{**inputs, "past_key_values": static_cache(model, 64)}).logits
+        want = model(**{**inputs, keyword: static_cache(model, 64)}).logits
         ktfx.compile(model, ONE_GPU, **EAGER)
         got = model(**inputs).logits
     torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)

@@ -69,7 +69,6 @@ def find_model(name: str | None) -> ModelSource:
 def load_config(source: ModelSource) -> PretrainedConfig:
     """The configuration, read without running any code of the model's own."""
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     data = _read_json(source.config)
     kind = data.get("model_type")
@@ -78,8 +77,7 @@ def load_config(source: ModelSource) -> PretrainedConfig:
         raise WeightError("no model_type in it", origin=origin, expected="a transformers config.json")
     if kind not in CONFIG_MAPPING:
         # A model may bear a name of its own and the architecture of another (Kimi-K2: DeepSeek-V3's).
-        by_class = {cls: key for key, cls in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.items() if isinstance(cls, str)}
-        known = next((by_class[c] for c in data.get("architectures") or [] if c in by_class), None)
+        known = next(filter(None, map(_model_type_of, data.get("architectures") or [])), None)
         if known is None:
             import transformers
 
@@ -97,6 +95,15 @@ def load_config(source: ModelSource) -> PretrainedConfig:
             origin=origin,
             expected="what transformers writes for this model_type",
         ) from error
+
+
+def _model_type_of(architecture: str) -> str | None:
+    """The model_type that a causal model's class is named after, or else the first that has it; None for others."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    kinds = [key for key, cls in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.items() if cls == architecture]
+    own = (key for key in kinds if architecture.lower().startswith(key.replace("_", "")))
+    return next(own, kinds[0] if kinds else None)
 
 
 def _read_json(path: Path) -> dict[str, Any]:
