@@ -170,6 +170,21 @@ void tile_to_bf16_any(const ktfx_matrix* m, const uint8_t* w, uint16_t* out) {
   }
 }
 
+// The next two tiles, fetched while these are computed with, spread over all steps.
+struct Coming {
+  const uint8_t *next, *end;
+  int share;
+  Coming(const ktfx_matrix* m, const uint8_t* from, int64_t steps) {
+    const int64_t lines = 2 * m->tile_bytes / 64;
+    next = from;
+    end = from + lines * 64;
+    share = (int)((lines + steps - 1) / steps);
+  }
+  KTFX_MEMBER void fetch() {
+    for (int i = 0; i < share && next < end; ++i, next += 64) __builtin_prefetch(next, 0, 2);
+  }
+};
+
 // c0, c1: [rows][16]. scratch: 2 Kp x 16 bf16, used by all formats but BF16. w1 may be null.
 void amx_tiles(const ktfx_matrix* m, const uint8_t* w0, const uint8_t* w1, const uint16_t* x, int64_t ldx, int rows,
                float* c0, float* c1, uint16_t* scratch, const uint8_t* next) {
@@ -184,11 +199,7 @@ void amx_tiles(const ktfx_matrix* m, const uint8_t* w0, const uint8_t* w1, const
   }
   const int steps = m->Kp / 32;
   const int64_t stride = ldx * 2;
-  // The next two tiles are fetched while these are computed with, spread over all steps.
-  const int passes = (rows + 31) / 32;
-  const int64_t lines = 2 * m->tile_bytes / 64;
-  const int share = (int)((lines + (int64_t)steps * passes - 1) / ((int64_t)steps * passes));
-  const uint8_t* const next_end = next + lines * 64;
+  Coming coming(m, next, (int64_t)steps * ((rows + 31) / 32));
   for (int r = 0; r < rows; r += 32) {
     const int left = rows - r;
     const int r0 = left < 16 ? left : 16, r1 = left >= 32 ? 16 : left - r0;
@@ -206,7 +217,7 @@ void amx_tiles(const ktfx_matrix* m, const uint8_t* w0, const uint8_t* w1, const
         TILE_LOAD(6, b0 + s * 1024, 64);
         TILE_LOAD(7, b1 + s * 1024, 64);
         TILE_LOAD(5, x1 + s * 32, stride);
-        for (int i = 0; i < share && next < next_end; ++i, next += 64) __builtin_prefetch(next, 0, 2);
+        coming.fetch();
         TILE_DOT(0, 4, 6);
         TILE_DOT(1, 4, 7);
         TILE_DOT(2, 5, 6);
@@ -216,7 +227,7 @@ void amx_tiles(const ktfx_matrix* m, const uint8_t* w0, const uint8_t* w1, const
       for (int s = 0; s < steps; ++s) {
         TILE_LOAD(4, x0 + s * 32, stride);
         TILE_LOAD(6, b0 + s * 1024, 64);
-        for (int i = 0; i < share && next < next_end; ++i, next += 64) __builtin_prefetch(next, 0, 2);
+        coming.fetch();
         TILE_DOT(0, 4, 6);
         if (w1) {
           TILE_LOAD(7, b1 + s * 1024, 64);
@@ -242,10 +253,8 @@ void amx_tiles(const ktfx_matrix* m, const uint8_t* w0, const uint8_t* w1, const
 // c0, c1: [rows][16], without the weights' scale. w1 may be null.
 void amx_int8_tiles(const ktfx_matrix* m, const uint8_t* w0, const uint8_t* w1, const uint8_t* x, int64_t ldx, int rows,
                     const float* dx, float* c0, float* c1, const uint8_t* next) {
-  const int steps = m->Kp / 64, passes = (rows + 15) / 16;
-  const int64_t lines = 2 * m->tile_bytes / 64;
-  const int share = (int)((lines + (int64_t)steps * passes - 1) / ((int64_t)steps * passes));
-  const uint8_t* const next_end = next + lines * 64;
+  const int steps = m->Kp / 64;
+  Coming coming(m, next, (int64_t)steps * ((rows + 15) / 16));
   alignas(64) int32_t sums[4][16][16];
   for (int r = 0; r < rows; r += 16) {
     const int n = rows - r < 16 ? rows - r : 16;
@@ -259,7 +268,7 @@ void amx_int8_tiles(const ktfx_matrix* m, const uint8_t* w0, const uint8_t* w1, 
       TILE_LOAD(4, high + s * 64, ldx);
       TILE_LOAD(6, w0 + s * 1024, 64);
       TILE_LOAD(5, low + s * 64, ldx);
-      for (int i = 0; i < share && next < next_end; ++i, next += 64) __builtin_prefetch(next, 0, 2);
+      coming.fetch();
       TILE_DOT_SIGNED(0, 4, 6);
       TILE_DOT_UNSIGNED(1, 5, 6);
       if (w1) {

@@ -188,15 +188,7 @@ void multiply(const Run& r, const ktfx_matrix& m, const uint8_t* w, int tiles, c
   if (chunk.amx) {
     const RowBlock& b = blocks[chunk.first];
     const Rows& in = down ? b.h : b.x;
-    for (int t = 0; t < tiles && r.halves; t += 2)
-      kt.amx_int8(&m, w + t * m.tile_bytes, t + 1 < tiles ? w + (t + 1) * m.tile_bytes : nullptr, (const uint8_t*)in.q,
-                  halves_row_bytes(m), chunk.rows, in.dx, c + (int64_t)t * chunk.rows * kTile,
-                  c + (int64_t)(t + 1) * chunk.rows * kTile, t + 2 < tiles ? w + (t + 2) * m.tile_bytes : after);
-    for (int t = 0; t < tiles && !r.halves; t += 2)
-      kt.amx(&m, w + t * m.tile_bytes, t + 1 < tiles ? w + (t + 1) * m.tile_bytes : nullptr,
-             (const uint16_t*)in.q, m.Kp + kAmxPad, chunk.rows, c + (int64_t)t * chunk.rows * kTile,
-             c + (int64_t)(t + 1) * chunk.rows * kTile, (uint16_t*)scratch,
-             t + 2 < tiles ? w + (t + 2) * m.tile_bytes : after);
+    multiply_amx(kt, m, r.halves, w, tiles, after, in.q, in.dx, chunk.rows, c, scratch);
     return;
   }
   const PanelKind& kind = down ? r.h_kind : r.x_kind;
@@ -659,10 +651,12 @@ int32_t run_part(Run& r) {
   r.halves = r.any_amx && halves_serve(l.up) && halves_serve(l.down);
   if (!lay_out(r)) return KTFX_NO_MEMORY;
   const int64_t token_tasks = (r.T + 7) / 8;
-  if (r.T <= 8 && !r.all_amx)
-    token_task(&r, 0, 0, 0);
-  else if (!r.all_amx)
-    run_plain(r, token_tasks, token_task);
+  if (!r.all_amx) {
+    if (r.T <= 8)
+      token_task(&r, 0, 0, 0);
+    else
+      run_plain(r, token_tasks, token_task);
+  }
   if (r.halves) run_plain(r, token_tasks, halve_tokens_task);
   if (r.ws->blocks.size() < (size_t)r.S || r.any_amx) run_plain(r, (int64_t)r.ws->blocks.size(), gather_task);
 

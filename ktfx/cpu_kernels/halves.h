@@ -1,4 +1,5 @@
-// Inputs of AMX for INT8 weights: int16 in two halves, so that the weights are multiplied as they are stored.
+// AMX as experts and linear layers call it, and its inputs for INT8 weights: int16 in two halves, so that the weights are
+// multiplied as they are stored.
 #pragma once
 #include <algorithm>
 #include <cstring>
@@ -41,6 +42,20 @@ inline float halve_row(const KernelTable& kt, const void* x, int dtype, int64_t 
     }
   }
   return peak != peak ? peak : inverse > 0.0f ? peak / 32767.0f : 0.0f;
+}
+
+// c[tile][rows][16] for `tiles` tiles from `w` on, two at a time. q: rows of halves, with their scales dx, or of bf16.
+// after: what is most likely read next. scratch: for other formats than BF16 where rows are bf16.
+inline void multiply_amx(const KernelTable& kt, const ktfx_matrix& m, bool halves, const uint8_t* w, int tiles,
+                         const uint8_t* after, const void* q, const float* dx, int rows, float* c, float* scratch) {
+  for (int t = 0; t < tiles; t += 2) {
+    const uint8_t *w0 = w + t * m.tile_bytes, *w1 = t + 1 < tiles ? w0 + m.tile_bytes : nullptr;
+    const uint8_t* next = t + 2 < tiles ? w0 + 2 * m.tile_bytes : after;
+    float *c0 = c + (int64_t)t * rows * kTile, *c1 = c0 + (int64_t)rows * kTile;
+    if (halves) kt.amx_int8(&m, w0, w1, (const uint8_t*)q, halves_row_bytes(m), rows, dx, c0, c1, next);
+    else
+      kt.amx(&m, w0, w1, (const uint16_t*)q, m.Kp + kAmxPad, rows, c0, c1, (uint16_t*)scratch, next);
+  }
 }
 
 }  // namespace ktfx

@@ -210,14 +210,7 @@ void multiply(const Run& r, const uint8_t* w, int tiles, const Chunk& chunk, flo
   const ktfx_matrix& m = *r.m;
   if (r.amx) {
     const RowBlock& b = r.blocks[chunk.first];
-    for (int t = 0; t < tiles && r.halves; t += 2)
-      kt.amx_int8(&m, w + t * m.tile_bytes, t + 1 < tiles ? w + (t + 1) * m.tile_bytes : nullptr, (const uint8_t*)b.q,
-                  halves_row_bytes(m), chunk.rows, b.dx, c + (int64_t)t * chunk.rows * kTile,
-                  c + (int64_t)(t + 1) * chunk.rows * kTile, w + (t + 2) * m.tile_bytes);
-    for (int t = 0; t < tiles && !r.halves; t += 2)
-      kt.amx(&m, w + t * m.tile_bytes, t + 1 < tiles ? w + (t + 1) * m.tile_bytes : nullptr, (const uint16_t*)b.q, m.Kp + kAmxPad,
-             chunk.rows, c + (int64_t)t * chunk.rows * kTile, c + (int64_t)(t + 1) * chunk.rows * kTile,
-             (uint16_t*)scratch, w + (t + 2) * m.tile_bytes);
+    multiply_amx(kt, m, r.halves, w, tiles, w + tiles * m.tile_bytes, b.q, b.dx, chunk.rows, c, scratch);
     return;
   }
   const int parts = chunk.last - chunk.first;

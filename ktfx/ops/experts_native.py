@@ -300,22 +300,27 @@ def _call_struct(
     layer: NativeLayer, x_TH: torch.Tensor, ids_TK: torch.Tensor, weights_TK: torch.Tensor, out_TH: torch.Tensor
 ) -> native.Call:
     """A ``ktfx_call`` over contiguous tensors and an output that is known to fit x."""
-    T, K = ids_TK.shape
-    dtypes = _DTYPES_OF_CALL.get((x_TH.dtype, ids_TK.dtype, weights_TK.dtype))
-    if x_TH.shape != (T, layer.spec.hidden) or weights_TK.shape != (T, K) or dtypes is None:
-        raise _unfit(layer, x_TH, ids_TK, weights_TK)
-    if not (x_TH.is_cpu and ids_TK.is_cpu and weights_TK.is_cpu):
-        raise HostCallError(_NOT_HOST)
+    dtypes = _checked_dtypes(layer, x_TH, ids_TK, weights_TK)
     return native.Call(
         layer.pointer,
         x_TH.data_ptr(),
         ids_TK.data_ptr(),
         weights_TK.data_ptr(),
         out_TH.data_ptr(),
-        T,
-        K,
+        *ids_TK.shape,
         *dtypes.to_bytes(3, "little"),
     )
+
+
+def _checked_dtypes(layer: NativeLayer, x_TH: torch.Tensor, ids_TK: torch.Tensor, weights_TK: torch.Tensor) -> int:
+    """The entry of ``_DTYPES_OF_CALL``; HostCallError for inputs that do not fit or are not on the host."""
+    dtypes = _DTYPES_OF_CALL.get((x_TH.dtype, ids_TK.dtype, weights_TK.dtype))
+    T, K = ids_TK.shape
+    if dtypes is None or x_TH.shape != (T, layer.spec.hidden) or weights_TK.shape != (T, K):
+        raise _unfit(layer, x_TH, ids_TK, weights_TK)
+    if not (x_TH.is_cpu and ids_TK.is_cpu and weights_TK.is_cpu):
+        raise HostCallError(_NOT_HOST)
+    return dtypes
 
 
 def _unfit(layer: NativeLayer, x_TH: torch.Tensor, ids_TK: torch.Tensor, weights_TK: torch.Tensor) -> HostCallError:
@@ -375,15 +380,9 @@ def forward(
     library = lib()
     library.ktfx_wake()  # waking takes about as long as preparing
     layer = _cached_layer(spec, packed)
-    dtypes = _DTYPES_OF_CALL.get((x_TH.dtype, ids_TK.dtype, weights_TK.dtype))
-    if dtypes is None:
-        ids_TK, weights_TK = _readable(ids_TK, weights_TK)
-        dtypes = _DTYPES_OF_CALL.get((x_TH.dtype, ids_TK.dtype, weights_TK.dtype), -1)
+    ids_TK, weights_TK = _readable(ids_TK, weights_TK)
+    dtypes = _checked_dtypes(layer, x_TH, ids_TK, weights_TK)
     T, K = ids_TK.shape
-    if x_TH.shape != (T, layer.spec.hidden) or weights_TK.shape != (T, K) or dtypes < 0:
-        raise _unfit(layer, x_TH, ids_TK, weights_TK)
-    if not (x_TH.is_cpu and ids_TK.is_cpu and weights_TK.is_cpu):
-        raise HostCallError(_NOT_HOST)
     x_TH, ids_TK, weights_TK = x_TH.contiguous(), ids_TK.contiguous(), weights_TK.contiguous()
     out_TH = torch.empty_like(x_TH)
     status = T and library.ktfx_experts_now(
